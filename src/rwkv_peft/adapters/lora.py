@@ -1,0 +1,42 @@
+"""LoRA: a product of two thin matrices beside a frozen one (Hu et al. 2021, arXiv 2106.09685)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..config import AdapterConfig
+from .base import AdaptedLinear
+
+
+class LoraLinear(AdaptedLinear):
+    """y = W x + alpha/rank · B A x, with A (rank, in) random and B (out, rank) zero at first; both float32."""
+
+    tensors = ("lora_A.weight", "lora_B.weight")
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
+        super().__init__(base)
+        device = base.weight.device
+        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, device=device, dtype=torch.float32)
+        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+        nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
+        nn.init.zeros_(self.lora_B.weight)
+        self.scale, self.dropout = scale_of(config), config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
+        return self.base(x) + F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.scale
+
+    @staticmethod
+    def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
+        A, B = (tensors[name].float() for name in LoraLinear.tensors)
+        return weight.float() + scale_of(config) * (B @ A)
+
+
+def scale_of(config: AdapterConfig) -> float:
+    """alpha/rank; alpha is twice the rank where it is not given."""
+    return 2.0 if config.alpha is None else config.alpha / config.rank

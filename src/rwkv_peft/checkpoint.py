@@ -1,0 +1,145 @@
+"""Model files ↔ tensors under their official names. Nothing in a file is ever executed."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .errors import CheckpointError, OutputError
+from .files import write_atomic
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SUFFIXES = (".pth", ".safetensors")
+
+
+def read_tensors(path: Path | str) -> dict[str, Tensor]:
+    """Every tensor of a `.pth` or `.safetensors` file, memory-mapped: nothing is read before it is used.
+
+    Raises CheckpointError if the file is missing, is a folder, is damaged, or holds anything but named float tensors.
+    """
+    path = Path(path)
+    _check_readable(path)
+    tensors = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+    for name, tensor in tensors.items():
+        if not (isinstance(name, str) and isinstance(tensor, Tensor)):
+            raise CheckpointError(
+                f"{path}: entry {name!r} is a {type(tensor).__name__}; a model file holds only named tensors"
+            )
+        if not tensor.is_floating_point():
+            raise CheckpointError(
+                f"{path}: tensor {name} is {tensor.dtype}; allowed are float types; get the unquantised file"
+            )
+    return tensors
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
+    """Write named tensors as `.pth` or `.safetensors`, by the path's ending, atomically. Raises OutputError."""
+    path = Path(path)
+    check_suffix(path)
+    # a view would drag its whole storage into a .pth, and is refused by safetensors
+    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    plain = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in plain.items()}
+    size = sum(t.nbytes for t in plain.values())
+
+    def write(temporary: Path) -> None:
+        try:
+            if path.suffix == ".pth":
+                torch.save(plain, temporary)
+            else:
+                from safetensors.torch import save_file
+
+                save_file(plain, temporary)
+        except Exception as error:  # both writers raise their own types where the disk fails
+            raise OutputError(
+                f"{path}: cannot be written ({first_line(error)}); make room, or write elsewhere"
+            ) from error
+
+    write_atomic(path, write, size)
+
+
+def check_suffix(path: Path) -> None:
+    """Raise CheckpointError unless the path ends in a known form."""
+    if path.suffix not in SUFFIXES:
+        raise CheckpointError(f"{path}: ends in {path.suffix or 'nothing'}; allowed are {' and '.join(SUFFIXES)}")
+
+
+def check_finite(path: Path | str, name: str, tensor: Tensor) -> None:
+    """Raise CheckpointError if the tensor holds NaN or Inf."""
+    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise CheckpointError(f"{path}: tensor {name} holds {bad} NaN or Inf of {tensor.numel()}; get the file again")
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """A name for these weights that file form and number format do not change: 16 hex digits.
+
+    Taken from the names, the shapes and 64 values of each tensor, rounded to bf16.
+    """
+    digest = hashlib.sha256()
+    for name in sorted(tensors):
+        flat = tensors[name].detach().reshape(-1)
+        sample = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
+        digest.update(f"{name}{tuple(tensors[name].shape)}".encode() + sample.numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+def first_line(error: BaseException) -> str:
+    """The beginning of an exception's message, for use inside one of ours."""
+    return (str(error).strip() or type(error).__name__).splitlines()[0].rstrip(".")
+
+
+def _check_readable(path: Path) -> None:
+    if path.is_dir():
+        raise CheckpointError(f"{path}: is a folder; name the model file in it, ending in {' or '.join(SUFFIXES)}")
+    check_suffix(path)
+    if not path.exists():
+        near = sorted(p.name for p in path.parent.glob("*") if p.suffix in SUFFIXES) if path.parent.is_dir() else []
+        here = f"; that folder has {', '.join(near[:5])}" if near else ""
+        raise CheckpointError(f"{path}: no such file{here}; check the path")
+    try:
+        with path.open("rb") as file:
+            empty = not file.read(1)
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror}); check its permissions") from error
+    if empty:
+        raise CheckpointError(f"{path}: is empty; get the file again")
+
+
+def _read_pth(path: Path) -> dict[str, Tensor]:
+    try:
+        found = torch.load(path, map_location="cpu", mmap=True, weights_only=True)
+    except Exception as error:  # torch raises a different type for each kind of damage
+        raise CheckpointError(_why_not_pth(path, str(error))) from error
+    if not isinstance(found, dict):
+        raise CheckpointError(f"{path}: holds a {type(found).__name__}; a model file holds a dict of tensors")
+    return found
+
+
+def _why_not_pth(path: Path, message: str) -> str:
+    code = re.search(r"GLOBAL (\S+)", message)
+    if code:
+        return (
+            f"{path}: holds Python code ({code[1]}), which is never run; get a file of plain tensors, or .safetensors"
+        )
+    with path.open("rb") as file:
+        magic = file.read(2)
+    if magic == b"PK":
+        return f"{path}: is cut off or damaged ({path.stat().st_size:,} bytes); download it again"
+    return f"{path}: is not a file of torch.save's zip form; download it again, or save it anew with torch.save"
+
+
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return dict(load_file(path))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path}: is cut off or no safetensors file ({first_line(error)}); download it again"
+        ) from error

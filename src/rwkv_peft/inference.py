@@ -1,0 +1,158 @@
+"""Running a model: token by token, the state handed on. B rows, V vocabulary."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from .adapters import load_adapter
+from .config import GenerateConfig, InferenceConfig, SamplingConfig
+from .data.tokenizer import Tokenizer, tokenizer_for
+from .loading import load_model
+from .models import ModelState, Rwkv7
+
+
+class Session:
+    """A model, and the state of what it has read and written so far."""
+
+    def __init__(self, model: Rwkv7, tokenizer: Tokenizer, state: ModelState | None = None) -> None:
+        self.model, self.tokenizer, self.state = model, tokenizer, state
+        self.logits: Tensor | None = None  # (V,) of the token that comes next
+
+    @torch.no_grad()
+    def read(self, ids: Sequence[int]) -> None:
+        """Let the model read at least one token."""
+        tokens = torch.tensor([ids], device=self.model.like.device)
+        hidden, self.state = self.model.hidden(tokens, self.state)
+        self.logits = self.model.head(hidden[0, -1]).float()
+
+    def write(self, sampling: SamplingConfig) -> Iterator[str]:
+        """Pieces of the model's continuation, until the end token, a stop text, or the most tokens.
+
+        The stop text is not part of the pieces.
+        """
+        random = torch.Generator()
+        random.manual_seed(sampling.seed) if sampling.seed is not None else random.seed()
+        decoder, stops = self.tokenizer.decoder(), StopTexts(sampling.stop)
+        for _ in range(sampling.max_tokens):
+            assert self.logits is not None, "read something first"
+            token = sample(self.logits, sampling.temperature, sampling.top_p, random)
+            if token == self.tokenizer.end_token:
+                break
+            yield from stops.feed(decoder.feed(token))
+            if stops.reached:
+                return
+            self.read([token])
+        yield from stops.feed(decoder.flush())
+        yield stops.rest()
+
+
+class StopTexts:
+    """Passes text on, but holds back what may be the beginning of a stop text."""
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self.stops = [stop for stop in stops if stop]
+        self.held = ""
+        self.reached = False
+
+    def feed(self, text: str) -> Iterator[str]:
+        """What of the text so far can be shown now."""
+        self.held += text
+        ends = [at for stop in self.stops if (at := self.held.find(stop)) >= 0]
+        if ends:
+            self.reached = True
+            show = min(ends)
+        else:
+            show = len(self.held) - max((_overlap(self.held, stop) for stop in self.stops), default=0)
+        if show:
+            yield self.held[:show]
+        self.held = "" if self.reached else self.held[show:]
+
+    def rest(self) -> str:
+        """What was held back, at the end of the text."""
+        return self.held
+
+
+def generate(
+    model: Rwkv7,
+    tokenizer: Tokenizer,
+    prompt: str,
+    max_tokens: int = 100,
+    temperature: float = 1.0,
+    top_p: float = 0.5,
+    stop: Sequence[str] = (),
+    seed: int | None = None,
+    state: ModelState | None = None,
+) -> Iterator[str]:
+    """Continue `prompt`, piece by piece; each piece is whole characters.
+
+    Arguments:
+        temperature: 0 takes the likeliest token. top_p: share of the probability that is considered, above 0 to 1.
+        stop: texts that end the continuation and are left out; the end token always ends it.
+        state: where to begin, e.g. a trained state; zeros if None. It is not changed.
+
+    Raises ConfigError if a number is out of range.
+    """
+    sampling = SamplingConfig(max_tokens, temperature, top_p, tuple(stop), seed)
+    sampling.check()
+    session = Session(model, tokenizer, state)
+    session.read(tokenizer.encode(prompt) or [tokenizer.end_token])
+    return session.write(sampling)
+
+
+@torch.no_grad()
+def answer_all(model: Rwkv7, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+    """The likeliest continuation of each prompt up to the end token; all prompts at once, read as one packed row."""
+    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    device = model.like.device
+    bounds = torch.tensor([0, *(len(ids) for ids in encoded)]).cumsum(0)
+    row = torch.tensor([[token for ids in encoded for token in ids]], device=device)
+    hidden, state = model.hidden(row, cu_seqlens=bounds)
+    last = hidden[:, (bounds[1:] - 1).to(device)].transpose(0, 1)  # (B,1,D)
+    written: list[Tensor] = []
+    done = torch.zeros(len(prompts), dtype=torch.bool, device=device)
+    for _ in range(max_tokens):
+        token = model.head(last).argmax(-1).masked_fill(done[:, None], tokenizer.end_token)
+        written.append(token)
+        done |= token[:, 0] == tokenizer.end_token
+        if bool(done.all()):
+            break
+        last, state = model.hidden(token, state)
+    return [tokenizer.decode(ids) for ids in torch.cat(written, dim=1).tolist()]
+
+
+def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
+    """A token drawn from logits (V,): the likeliest ones that together have the probability `top_p`."""
+    if temperature == 0:
+        return int(logits.argmax())
+    probabilities, tokens = torch.softmax(logits.cpu() / temperature, dim=-1).sort(descending=True)
+    before = probabilities.cumsum(-1) - probabilities
+    kept = probabilities.masked_fill(before >= top_p, 0.0)
+    return int(tokens[torch.multinomial(kept, 1, generator=random)])
+
+
+def open_session(config: InferenceConfig) -> Session:
+    """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
+    config.sampling.check()
+    model = load_model(config.model, config.dtype, config.device, config.op)
+    if config.adapter is not None:
+        load_adapter(model, config.adapter)
+    return Session(model, tokenizer_for(config.tokenizer, model.sizes.vocab_size))
+
+
+def run_generate(config: GenerateConfig) -> None:
+    """Print the prompt's continuation as it comes."""
+    session = open_session(config)
+    session.read(session.tokenizer.encode(config.prompt) or [session.tokenizer.end_token])
+    for piece in session.write(config.sampling):
+        sys.stdout.write(piece)
+        sys.stdout.flush()
+    sys.stdout.write("\n")
+
+
+def _overlap(text: str, stop: str) -> int:
+    """Length of the longest beginning of `stop` that `text` ends in."""
+    return next((n for n in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:n])), 0)

@@ -1,0 +1,52 @@
+"""Operators: the recurrence of each RWKV version on several backends, all computing the same function.
+
+To add a backend: one file with its functions, one row in `BACKENDS`, best first.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..errors import ConfigError
+from . import chunked, reference
+
+Wkv = Callable[..., tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of the operators; handed to the model, never looked up from the environment."""
+
+    name: str
+    wkv7: Wkv
+    supports: Callable[[torch.device, int], str | None]
+    """(device, head size) → None, or the reason why it cannot run there."""
+
+
+def _anywhere(device: torch.device, head_size: int) -> None:
+    return None
+
+
+BACKENDS = {
+    "torch": Backend("torch", chunked.wkv7, _anywhere),
+    "reference": Backend("reference", reference.wkv7, _anywhere),
+}
+
+
+def choose_backend(name: str, device: torch.device, head_size: int) -> Backend:
+    """The backend called `name`, or for `auto` the first of `BACKENDS` that runs on `device`.
+
+    Raises ConfigError if `name` is unknown or cannot run there.
+    """
+    if name == "auto":
+        return next(b for b in BACKENDS.values() if b.supports(device, head_size) is None)
+    if name not in BACKENDS:
+        raise ConfigError(f"--op {name}: unknown; allowed are auto {' '.join(BACKENDS)}")
+    reason = BACKENDS[name].supports(device, head_size)
+    if reason is not None:
+        raise ConfigError(f"--op {name}: {reason}; choose --op auto")
+    return BACKENDS[name]

@@ -1,0 +1,65 @@
+"""Float recurrences, one token after the other: the definition that every other backend is tested against.
+
+Axes: B batch, T tokens, H heads, N head size, S documents. A state is (S,H,N,N): row = value index, column = key index.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    iclr: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """RWKV-7's recurrence: `S = S·diag(decay) - (S kk)(kk·iclr)ᵀ + v kᵀ; y = S r` with `decay = exp(-exp(w))`.
+
+    Arguments:
+        r, w, k, v, kk, iclr: (B,T,H,N), T ≥ 1; computed in float32, or in float64 if `r` is.
+        initial_state: (S,H,N,N), S = B without `cu_seqlens`; zeros if None.
+        cu_seqlens: S+1 offsets of the documents that one row (B = 1) holds; each starts from its own initial state.
+
+    Returns y (B,T,H,N) in r's dtype and the final state (S,H,N,N) in the dtype of the computation.
+    Source: "RWKV-7 Goose" (arXiv 2503.14456), equations 15 to 18.
+    """
+    if cu_seqlens is not None:
+        return _each_document(r, w, k, v, kk, iclr, initial_state, cu_seqlens)
+    dtype = torch.promote_types(r.dtype, torch.float32)
+    B, T, H, N = r.shape
+    state = r.new_zeros(B, H, N, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
+    q, u, key, value, unit, rate = (x.to(dtype) for x in (r, w, k, v, kk, iclr))
+    decay = torch.exp(-torch.exp(u))
+    out = []
+    for t in range(T):
+        removed = state @ unit[:, t, :, :, None]  # (B,H,N,1): what the state holds under this key
+        state = (
+            state * decay[:, t, :, None, :]
+            - removed * (unit * rate)[:, t, :, None, :]
+            + value[:, t, :, :, None] * key[:, t, :, None, :]
+        )
+        out.append(state @ q[:, t, :, :, None])
+    return torch.stack(out, dim=1).squeeze(-1).to(r.dtype), state
+
+
+def _each_document(*args: Tensor | None) -> tuple[Tensor, Tensor]:
+    *inputs, initial_state, cu_seqlens = args
+    assert cu_seqlens is not None
+    bounds = cu_seqlens.tolist()
+    outputs, finals = [], []
+    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
+        first = None if initial_state is None else initial_state[i : i + 1]
+        if start == end:  # an empty document hands its state on
+            H, N = inputs[0].shape[2:]  # type: ignore[union-attr]
+            finals.append(inputs[0].new_zeros(1, H, N, N, dtype=torch.float32) if first is None else first)  # type: ignore[union-attr]
+            continue
+        y, final = wkv7(*(x[:, start:end] for x in inputs), first)  # type: ignore[index,arg-type]
+        outputs.append(y)
+        finals.append(final)
+    return torch.cat(outputs, dim=1), torch.cat(finals)

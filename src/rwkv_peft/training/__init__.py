@@ -1,0 +1,1 @@
+"""Training: `run` builds everything, `loop` is the loop."""

@@ -1,0 +1,37 @@
+"""Processes: the only file that knows how many there are. For now there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+
+class SingleProcess:
+    """One process, one device."""
+
+    rank = 0
+    world_size = 1
+
+    def sum(self, value: int) -> int:
+        """The sum of every process's value."""
+        return value
+
+    def backward(self, loss: Tensor) -> None:
+        """Add this loss's gradient; one call for each micro-batch."""
+        loss.backward()  # type: ignore[no-untyped-call]
+
+    def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
+        """Scale the gradients down to `max_norm` (0: leave them), and return the norm they had."""
+        gradients = [p.grad for p in parameters if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(gradients)
+        if max_norm > 0:
+            scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+            torch._foreach_mul_(gradients, scale)
+        return norm
+
+    def step(self, optimizer: torch.optim.Optimizer) -> None:
+        """Change the parameters, and drop the gradients."""
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)

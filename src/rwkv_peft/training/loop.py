@@ -1,0 +1,66 @@
+"""The training loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ..config import TrainConfig
+from ..data.sampling import Dataset, step_batches
+from ..errors import RwkvPeftError
+from ..models import Rwkv7
+from .engine import SingleProcess
+from .metrics import Metrics, StepRecord
+from .schedule import learning_rate
+from .step import batch_loss
+
+
+def train_loop(
+    config: TrainConfig,
+    model: Rwkv7,
+    data: Dataset,
+    optimizer: torch.optim.Optimizer,
+    engine: SingleProcess,
+    metrics: Metrics,
+    stopped: Callable[[], bool],
+) -> None:
+    """Train until the last step, or until `stopped()`.
+
+    The loss of a step is the sum over its target tokens divided by their number, over all micro-batches and processes: how
+    the step is cut into micro-batches does not change it.
+    """
+    trained = [p for p in model.parameters() if p.requires_grad]
+    tokens_seen = 0
+    for step in range(metrics.total_steps):
+        began = time.perf_counter()
+        batches = step_batches(data, step, config.micro_batch, config.grad_accum, config.seed)
+        targets = engine.sum(sum(len(batch.labels) for batch in batches))
+        step_loss = model.like.new_zeros((), dtype=torch.float32)
+        for batch in batches:
+            loss, penalty = batch_loss(model, batch, config.logit_penalty)
+            engine.backward((loss + penalty) / targets)
+            step_loss += loss.detach() / targets
+
+        lr = learning_rate(config, step, metrics.total_steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        norm = engine.clip(trained, config.clip)
+        loss_value, norm_value = torch.stack((step_loss, norm)).tolist()
+        check_finite(step + 1, loss_value, norm_value)
+        engine.step(optimizer)
+
+        tokens = engine.sum(sum(batch.inputs for batch in batches))
+        tokens_seen += tokens
+        speed = tokens / (time.perf_counter() - began)
+        metrics.add(StepRecord(step + 1, tokens_seen, loss_value, lr, norm_value, speed))
+        if stopped():
+            break
+
+
+def check_finite(step: int, loss: float, norm: float) -> None:
+    """Raise RwkvPeftError if the loss or the gradient is NaN or Inf; the parameters are then still those of the step before."""
+    for what, value in (("loss", loss), ("gradient", norm)):
+        if value != value or abs(value) == float("inf"):
+            raise RwkvPeftError(f"step {step}: the {what} is {value}; try a lower --lr, or --precision fp32")

@@ -1,0 +1,149 @@
+"""A run from its settings to its adapter, in the order in which it happens."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from rich.console import Console
+
+from ..adapters import attach_adapter, save_adapter
+from ..adapters.trainable import make_trainable
+from ..checkpoint import read_tensors, write_tensors
+from ..config import TrainConfig
+from ..data.sampling import Dataset, load_dataset, steps_per_epoch
+from ..data.tokenizer import tokenizer_for
+from ..errors import ConfigError, OutputError
+from ..loading import load_model
+from ..models import Rwkv7
+from ..yaml_config import to_yaml
+from .engine import SingleProcess
+from .loop import train_loop
+from .metrics import Metrics
+from .optim import build_optimizer
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """What a run left behind."""
+
+    out: Path
+    """The run's folder."""
+    result: Path
+    """The adapter folder, or for `--peft full` the model file."""
+    steps: int
+    losses: list[float]
+    interrupted: bool
+
+
+def train(config: TrainConfig, console: Console | None = None) -> RunResult:
+    """Fine-tune as `config` says, and write the run's folder.
+
+    Raises ConfigError, CheckpointError or DataError before anything is written; OutputError if the disk fails.
+    """
+    config.check()
+    out = Path(config.out)
+    check_out(out)
+    model = load_model(config.model, config.precision, config.device, config.op)
+    tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
+    data = load_dataset(config, tokenizer)
+    prepare(model, config)
+    total = config.max_steps or steps_of(config, data)
+    check_space(out, model)
+    optimizer = build_optimizer(model, config)
+    metrics = Metrics(out, to_yaml(config), total, console or Console())
+    for line in describe(config, model, data.summary(), total):
+        metrics.say(line)
+    with interruption() as stopped, metrics.progress:
+        train_loop(config, model, data, optimizer, SingleProcess(), metrics, stopped)
+    metrics.finish()
+    result = save(model, config, out)
+    interrupted = stopped()
+    metrics.say(f"{'stopped by hand' if interrupted else 'done'} after {len(metrics.records)} steps: {result}")
+    return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
+
+
+def prepare(model: Rwkv7, config: TrainConfig) -> None:
+    """Attach the adapter, and let what is to train, train."""
+    torch.manual_seed(config.seed)
+    if config.peft == "full":
+        make_trainable(model, [name for name, _ in model.named_parameters()])
+    else:
+        attach_adapter(model, config.adapter(), config.parts())
+    model.grad_checkpoint = config.grad_checkpoint
+    model.train()
+
+
+def save(model: Rwkv7, config: TrainConfig, out: Path) -> Path:
+    """Write the adapter folder, or for full tuning the model in its base's number formats."""
+    if config.peft != "full":
+        save_adapter(model, out / "adapter")
+        return out / "adapter"
+    base = read_tensors(config.model)
+    trained = {name: p.detach().to(base[name].dtype) for name, p in model.named_parameters()}
+    write_tensors(out / "model.pth", base | trained)
+    return out / "model.pth"
+
+
+def steps_of(config: TrainConfig, data: Dataset) -> int:
+    """Steps that `config.epochs` passes take."""
+    return max(1, round(config.epochs * steps_per_epoch(data, config.micro_batch, config.grad_accum)))
+
+
+def describe(config: TrainConfig, model: Rwkv7, data: str, total: int) -> Iterator[str]:
+    """What the run is about to do, for people."""
+    s = model.sizes
+    count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    number = str(model.dtype).removeprefix("torch.")
+    yield f"model  {model.source}: RWKV-7, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
+    yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {number} on {model.like.device}, op {model.op.name}"
+    yield f"data   {data}"
+    yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
+
+
+def check_out(out: Path) -> None:
+    """Raise ConfigError unless `out` is new or empty, and can be made."""
+    if out.exists() and not out.is_dir():
+        raise ConfigError(f"--out {out}: is a file; name a new folder")
+    if out.is_dir() and any(out.iterdir()):
+        what = "another run" if (out / "config.yaml").exists() else "files already"
+        raise ConfigError(f"--out {out}: holds {what}; name a new folder, or move that one away")
+    home = next(p for p in (out, *out.absolute().parents) if p.exists())
+    if not home.is_dir() or not os.access(home, os.W_OK):
+        raise ConfigError(f"--out {out}: cannot be made in {home}; name a folder that you may write")
+
+
+def check_space(out: Path, model: Rwkv7) -> None:
+    """Raise OutputError if what will be written at the end does not fit on the disk now."""
+    need = sum(p.nbytes for p in model.parameters() if p.requires_grad) + 2**20  # and the metrics
+    home = next(p for p in (out, *out.absolute().parents) if p.exists())
+    free = shutil.disk_usage(home).free
+    if free < need:
+        raise OutputError(f"--out {out}: the run writes about {need:,} bytes, the disk has {free:,} free; make room")
+
+
+@contextmanager
+def interruption() -> Iterator[Callable[[], bool]]:
+    """Ctrl-C once asks to stop after the step, so that the adapter is saved; a second one stops at once."""
+    seen = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield seen.is_set
+        return
+
+    def once(signum: int, frame: object) -> None:
+        seen.set()
+        signal.signal(signal.SIGINT, before)
+
+    before = signal.signal(signal.SIGINT, once)
+    try:
+        yield seen.is_set
+    finally:
+        signal.signal(signal.SIGINT, before)
