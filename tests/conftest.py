@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import multiprocessing
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+
+import rwkv_peft as rp
+from rwkv_peft.models import Rwkv7
 
 torch.set_num_threads(2)
 
@@ -71,3 +78,68 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
         return path
 
     return write
+
+
+@pytest.fixture
+def load(model_file: Callable[..., Path]) -> Callable[..., Rwkv7]:
+    """Load a random model: `load(layers=3, op="reference", …)`; `dtype` is the file's, `as_dtype` the model's."""
+
+    def make(as_dtype: str = "fp32", op: str = "auto", **sizes: object) -> Rwkv7:
+        return rp.load_model(model_file(**sizes), as_dtype, op=op)
+
+    return make
+
+
+def difference(got: Tensor, want: Tensor) -> float:
+    """Largest difference, relative to the largest value wanted."""
+    assert got.shape == want.shape, (got.shape, want.shape)
+    got, want = got.detach(), want.detach()
+    largest = float(want.double().abs().max())
+    error = float((got.double() - want.double()).abs().max())
+    assert error == error, "NaN"
+    return error / largest if largest else error
+
+
+def random_tokens(vocab_size: int, *shape: int, seed: int = 1) -> Tensor:
+    """Token ids that hold the smallest and the largest where there is room."""
+    tokens = torch.randint(vocab_size, shape, generator=torch.Generator().manual_seed(seed))
+    tokens.view(-1)[-1] = vocab_size - 1
+    return tokens
+
+
+class PypiRwkv:
+    """The PyPI package `rwkv` in a process of its own, since its environment is read at import."""
+
+    def __init__(self, pool: ProcessPoolExecutor) -> None:
+        self.pool = pool
+
+    def __call__(self, path: Path, tokens: list[int], singly: bool = False) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T,V), wkv state (L,H,N,N) and shift state (L,2,D) of an RWKV-7 `.pth` file, in float32.
+
+        With `singly`, token by token, which is other code there.
+        """
+        return tuple(torch.from_numpy(x) for x in self.pool.submit(_run_rwkv, str(path), tokens, singly).result())  # type: ignore[return-value]
+
+
+@pytest.fixture(scope="session")
+def pypi_rwkv() -> Iterator[PypiRwkv]:
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        yield PypiRwkv(pool)
+
+
+def _run_rwkv(path: str, tokens: list[int], singly: bool) -> list[Any]:
+    os.environ |= {"RWKV_V7_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
+    from rwkv.model import RWKV
+
+    model = RWKV(path.removesuffix(".pth"), "cpu fp32")
+    state = model.generate_zero_state()
+    if singly:
+        rows = []
+        for token in tokens:
+            logits, state = model.forward([token], state)
+            rows.append(logits)
+        logits = torch.stack(rows)
+    else:
+        logits, state = model.forward(tokens, state, full_output=True)
+    shift = torch.stack([torch.stack((state[i], state[i + 2])) for i in range(0, len(state), 3)])
+    return [x.numpy() for x in (logits.reshape(len(tokens), -1), torch.stack(state[1::3]), shift)]

@@ -1,7 +1,7 @@
-"""Make the tiny base model again: `python tools/tiny_base.py CORPUS.jsonl OUT_DIR` (see the model card for the whole recipe).
+"""Initial weights of the tiny base model: `python tools/tiny_base.py OUT.pth`.
 
-Writes a model with RWKV-7's initial weights and trains it in full with this project's own training; the result is
-OUT_DIR/model.pth. The initial values follow RWKV-LM's RWKV-v7 training code.
+Training them is the work of `rwkv-peft train --peft full`; the model card beside the model has the commands. The initial
+values follow RWKV-LM's training code for RWKV-7.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-import rwkv_peft as rp
 from rwkv_peft.checkpoint import write_tensors
 
 LAYERS, WIDTH, HEAD_SIZE, VOCAB_SIZE = 6, 192, 64, 257
@@ -76,21 +75,11 @@ def _orthogonal(rows: int, columns: int, gain: float) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("corpus", type=Path)
+    parser = argparse.ArgumentParser(description="Write the tiny base model's initial weights.")
     parser.add_argument("out", type=Path)
-    parser.add_argument("--steps", type=int, default=1400)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    args.out.mkdir(parents=True, exist_ok=True)
-    initial = args.out / "initial.pth"
-    write_tensors(initial, {name: tensor.bfloat16() for name, tensor in initial_weights(args.seed).items()})
-    rp.train(
-        rp.TrainConfig(
-            model=initial, data=[args.corpus], out=args.out / "run", peft="full", ctx_len=1024, micro_batch=64,
-            grad_accum=2, max_steps=args.steps, lr=2e-3, lr_final=2e-5, warmup_steps=100, weight_decay=0.1, seed=args.seed,
-        )
-    )  # fmt: skip
+    write_tensors(args.out, {name: tensor.bfloat16() for name, tensor in initial_weights(args.seed).items()})
 
 
 if __name__ == "__main__":

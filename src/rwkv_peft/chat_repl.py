@@ -41,7 +41,7 @@ def reply(session: Session, prompt: str, config: ChatConfig) -> str:
     sys.stdout.write("\n\n")
     answer = "".join(pieces)
     session.state = before  # without the stop text, which the model may have begun to write
-    session.read(session.tokenizer.encode(answer.rstrip() + "\n\n"))
+    session.read(session.tokenizer.encode(f" {answer.strip()}\n\n"))
     return answer
 
 

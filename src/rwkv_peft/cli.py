@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import math
 import os
 import re
@@ -37,6 +38,8 @@ class Command:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line, and return its exit code. What a user can mend is one message on stderr, and code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character that the terminal lacks must not end a run
     try:
         code = run(list(sys.argv[1:] if argv is None else argv))
         sys.stdout.flush()

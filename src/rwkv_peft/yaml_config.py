@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, fields, is_dataclass
+from dataclasses import MISSING, asdict, dataclass, fields, is_dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from types import UnionType
@@ -46,7 +46,8 @@ def settings_of(kind: type[Any]) -> dict[str, Setting]:
             found |= settings_of(hint)  # type: ignore[arg-type]
         else:
             hint, *marks = get_args(hint) if get_origin(hint) is Annotated else (hint,)
-            found[field.name] = Setting(field.name, hint, tuple(marks), field.default)
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            found[field.name] = Setting(field.name, hint, tuple(marks), default)
     return found
 
 

@@ -1,0 +1,322 @@
+"""The model: against the programs that others wrote, and against itself in pieces, packed and checkpointed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import rwkv_peft as rp
+from conftest import PypiRwkv, difference, random_rwkv7, random_tokens
+from rwkv_peft.models import ModelState, Rwkv7
+from rwkv_peft.ops.loss import next_token_loss
+
+# layers, width, vocabulary, ranks of w a v g, head size, and what else is odd
+SMALL = dict(layers=2, width=64, vocab_size=257, ranks=(8, 8, 4, 16))
+FILES: dict[str, dict[str, Any]] = {
+    "1 layer": dict(layers=1, width=64, vocab_size=257, ranks=(8, 8, 4, 16)),
+    "1 layer with v, rank 2": dict(layers=1, width=128, vocab_size=300, ranks=(2, 2, 2, 3), layer0_v=True),
+    "2 layers": SMALL,
+    "odd ranks": dict(layers=3, width=128, vocab_size=511, ranks=(5, 7, 3, 11)),
+    "with v": dict(layers=4, width=192, vocab_size=1000, ranks=(16, 24, 9, 40), layer0_v=True),
+    "bf16": dict(layers=2, width=256, vocab_size=4099, ranks=(32, 17, 8, 33), dtype=torch.bfloat16),
+    "bf16 with v, odd ffn": dict(
+        layers=3, width=64, vocab_size=258, ranks=(6, 10, 2, 14), dtype=torch.bfloat16, layer0_v=True, ffn=100
+    ),
+    "narrow ffn": dict(layers=2, width=128, vocab_size=400, ranks=(8, 8, 8, 8), ffn=96),
+    "wide": dict(layers=2, width=512, vocab_size=600, ranks=(33, 31, 15, 65)),
+    "6 layers": dict(layers=6, width=320, vocab_size=777, ranks=(20, 12, 10, 50), layer0_v=True),
+    "head size 32": dict(layers=2, width=96, vocab_size=257, ranks=(8, 8, 4, 16), head_size=32),
+    "World vocabulary": dict(layers=1, width=64, vocab_size=65536, ranks=(8, 8, 4, 16)),
+}
+TOLERANCE = 1e-4  # relative, of float32 against another program's float32
+T = 37
+
+
+@dataclass
+class Expected:
+    """What the PyPI package `rwkv` gives for a file and a row of tokens."""
+
+    model: Rwkv7
+    path: Path
+    tokens: Tensor  # (1,T)
+    logits: Tensor  # (T,V)
+    wkv: Tensor  # (L,H,N,N)
+    shift: Tensor  # (L,2,D)
+
+
+@pytest.fixture(scope="module", params=FILES.values(), ids=FILES)
+def expected(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, pypi_rwkv: PypiRwkv) -> Expected:
+    path = tmp_path_factory.mktemp("base") / "base.pth"
+    torch.save(random_rwkv7(**request.param), path)
+    tokens = random_tokens(request.param["vocab_size"], 1, T)
+    return Expected(rp.load_model(path), path, tokens, *pypi_rwkv(path, tokens[0].tolist()))
+
+
+def assert_state(state: ModelState, want: Expected | tuple[Tensor, Tensor]) -> None:
+    wkv, shift = (want.wkv, want.shift) if isinstance(want, Expected) else want
+    assert difference(state.wkv[:, 0], wkv) <= TOLERANCE
+    assert difference(state.shift[:, :, 0], shift) <= TOLERANCE
+
+
+@torch.no_grad()
+def in_pieces(model: Rwkv7, tokens: Tensor, cuts: list[int]) -> tuple[Tensor, ModelState]:
+    """Logits (T,V) and the last state of `tokens` (1,T) given in pieces, the state handed on."""
+    logits, state = [], None
+    for start, end in pairwise([0, *cuts, tokens.shape[1]]):
+        piece, state = model(tokens[:, start:end], state)
+        logits.append(piece[0])
+    assert state is not None
+    return torch.cat(logits), state
+
+
+# --- PyPI rwkv
+
+
+def test_logits_and_states_are_pypi_rwkvs(expected: Expected) -> None:
+    logits, state = in_pieces(expected.model, expected.tokens, [])
+    assert difference(logits, expected.logits) <= TOLERANCE
+    assert_state(state, expected)
+
+
+def test_token_by_token(expected: Expected) -> None:
+    logits, state = in_pieces(expected.model, expected.tokens, list(range(1, T)))
+    assert difference(logits, expected.logits) <= TOLERANCE
+    assert_state(state, expected)
+
+
+def test_cut_anywhere(expected: Expected) -> None:
+    @settings(max_examples=6, deadline=None, database=None)
+    @given(st.lists(st.integers(1, T - 1), min_size=1, max_size=4, unique=True).map(sorted))
+    def check(cuts: list[int]) -> None:
+        logits, state = in_pieces(expected.model, expected.tokens, cuts)
+        assert difference(logits, expected.logits) <= TOLERANCE
+        assert_state(state, expected)
+
+    check()
+
+
+@pytest.mark.parametrize("sizes", [FILES["2 layers"], FILES["with v"]], ids=["2 layers", "with v"])
+def test_pypi_rwkv_token_by_token(sizes: dict[str, Any], model_file: Callable[..., Path], pypi_rwkv: PypiRwkv) -> None:
+    """Its single-token code is other code than its code for a row."""
+    path, tokens = model_file(**sizes), random_tokens(sizes["vocab_size"], 1, T)
+    want, *state = pypi_rwkv(path, tokens[0].tolist(), singly=True)
+    logits, got = in_pieces(rp.load_model(path), tokens, list(range(1, T)))
+    assert difference(logits, want) <= TOLERANCE
+    assert_state(got, (state[0], state[1]))
+
+
+# --- rwkv7-hf
+
+
+def hf_model(tensors: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[str, bool]]]:
+    """The model of the PyPI package `rwkv7-hf`, and official name → its name, and whether it is transposed."""
+    from rwkv7_hf import RWKV7ForCausalLM, converter
+
+    config = converter.infer_config(tensors, "float32", "reference", fuse_norm=False)
+    model = RWKV7ForCausalLM(config).train()
+    names = {name: converter.translate_name(name, config.num_hidden_layers) for name in tensors}
+    names = {name: there for name, there in names.items() if there[0]}
+    own = model.state_dict()
+    for name, (there, transposed) in names.items():
+        own[there].copy_((tensors[name].t() if transposed else tensors[name]).reshape(own[there].shape))
+    return model, names
+
+
+@pytest.mark.parametrize(
+    "sizes",
+    [FILES[name] for name in ("1 layer", "odd ranks", "with v", "bf16 with v, odd ffn", "head size 32", "6 layers")],
+    ids=lambda sizes: f"{sizes['layers']}x{sizes['width']}",
+)
+def test_loss_and_every_gradient_are_rwkv7_hfs(sizes: dict[str, Any], load: Callable[..., Rwkv7]) -> None:
+    tokens = random_tokens(sizes["vocab_size"], 2, T)
+    other, names = hf_model(random_rwkv7(**sizes))
+    want = other(input_ids=tokens, labels=tokens, use_cache=False)
+    want.loss.backward()
+    there = dict(other.named_parameters())
+    assert {there_name for there_name, _ in names.values()} >= {n for n, p in there.items() if p.grad is not None}
+
+    model = load(**sizes)
+    hidden, _ = model.hidden(tokens)
+    labels = tokens[:, 1:].flatten()
+    loss = next_token_loss(hidden[:, :-1].flatten(0, 1), model.head, labels, 0.0)[0] / len(labels)
+    loss.backward()
+    assert difference(loss, want.loss) <= TOLERANCE
+    assert difference(model.head(hidden), want.logits) <= TOLERANCE
+    errors = {}
+    for name, p in model.named_parameters():
+        gradient = there[names[name][0]].grad
+        assert p.grad is not None and gradient is not None, name
+        assert float(p.grad.abs().max()) > 0, name
+        errors[name] = difference(p.grad, (gradient.t() if names[name][1] else gradient).reshape(p.shape))
+    assert max(errors.values()) <= TOLERANCE, {n: e for n, e in errors.items() if e > TOLERANCE}
+
+
+# --- packed documents
+
+DOCUMENTS = {
+    "two": [0, 20, 37],
+    "length 1 first": [0, 1, 2, 40],
+    "longest last": [0, 3, 19, 70],
+    "equal": [0, 16, 32, 48],
+    "an empty one": [0, 18, 18, 50],
+}
+
+
+def gradients(model: Rwkv7, total: Tensor) -> dict[str, Tensor]:
+    model.zero_grad()
+    total.backward()
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+def random_state(model: Rwkv7, documents: int) -> ModelState:
+    generator = torch.Generator().manual_seed(11)
+    state = ModelState.zeros(model, documents)
+    wkv, shift = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (state.wkv, state.shift))
+    return ModelState(wkv.requires_grad_(), shift.requires_grad_())
+
+
+@pytest.mark.parametrize("op", ["torch", "reference"])
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_packed_documents_are_each_alone(
+    bounds: list[int], has_state: bool, op: str, load: Callable[..., Rwkv7]
+) -> None:
+    """Logits, final states, and the gradients of every parameter and of the initial states."""
+    model = load(op=op, **FILES["odd ranks"])
+    tokens, count = random_tokens(511, 1, bounds[-1]), len(bounds) - 1
+    weight = torch.randn(bounds[-1], 511, generator=torch.Generator().manual_seed(9))
+    state = random_state(model, count) if has_state else None
+    logits, final = model(tokens, state, torch.tensor(bounds, dtype=torch.int32))
+    final_weight = torch.randn(final.wkv.shape, generator=torch.Generator().manual_seed(10))
+    got = gradients(model, (logits[0] * weight).sum() + (final.wkv * final_weight).sum() + final.shift.square().sum())
+
+    total = torch.zeros(())
+    alone = random_state(model, count) if has_state else None
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:
+            if alone is not None:  # handed on as it was
+                assert torch.equal(final.wkv[:, i], alone.wkv[:, i])
+                assert torch.equal(final.shift[:, :, i], alone.shift[:, :, i])
+                total = total + (alone.wkv[:, i] * final_weight[:, i]).sum() + alone.shift[:, :, i].square().sum()
+            continue
+        one, last = model(tokens[:, start:end], None if alone is None else alone[i : i + 1])
+        assert difference(logits[:, start:end], one) <= 1e-5
+        assert difference(final.wkv[:, i : i + 1], last.wkv) <= 1e-5
+        assert difference(final.shift[:, :, i : i + 1], last.shift) <= 1e-5
+        total = total + (one[0] * weight[start:end]).sum() + (last.wkv[:, 0] * final_weight[:, i]).sum()
+        total = total + last.shift.square().sum()
+    want = gradients(model, total)
+    assert got.keys() == want.keys() == dict(model.named_parameters()).keys()
+    errors = {name: difference(got[name], want[name]) for name in want}
+    if state is not None and alone is not None:
+        for name in ("wkv", "shift"):
+            errors[name] = difference(getattr(state, name).grad, getattr(alone, name).grad)
+    assert max(errors.values()) <= 1e-5, errors
+
+
+@pytest.mark.parametrize(
+    ("bounds", "rows"), [([0, 5, 9], 1), ([1, 5, 10], 1), ([0, 6, 5, 10], 1), ([0, 5, 10], 2)], ids=str
+)
+def test_cu_seqlens_that_do_not_fit(bounds: list[int], rows: int, load: Callable[..., Rwkv7]) -> None:
+    with pytest.raises(ValueError, match="must rise from 0 to T, and B be 1"):
+        load()(random_tokens(257, rows, 10), cu_seqlens=torch.tensor(bounds))
+
+
+def test_a_state_for_another_number_of_documents(load: Callable[..., Rwkv7]) -> None:
+    model = load()
+    with pytest.raises(ValueError, match="state has 3 entries; the tokens hold 2 documents"):
+        model(random_tokens(257, 2, 4), ModelState.zeros(model, 3))
+
+
+# --- the same model in other ways
+
+
+def loss_and_gradients(model: Rwkv7) -> dict[str, Tensor]:
+    tokens = random_tokens(model.sizes.vocab_size, 2, 40)
+    logits, state = model(tokens)
+    weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)).to(logits.dtype)
+    total = (logits * weight).sum() + state.wkv.square().sum().to(logits.dtype)
+    return {"logits": logits.detach(), "total": total.detach(), **gradients(model, total)}
+
+
+def test_gradient_checkpointing_changes_no_gradient(load: Callable[..., Rwkv7]) -> None:
+    model = load(**FILES["odd ranks"])
+    want = loss_and_gradients(model)
+    model.grad_checkpoint = True
+    got = loss_and_gradients(model)
+    assert got.keys() == want.keys()
+    assert all(torch.equal(got[name], want[name]) for name in want)
+
+
+def test_gradient_checkpointing_keeps_less(load: Callable[..., Rwkv7]) -> None:
+    model = load(**FILES["odd ranks"])
+
+    def kept() -> int:
+        sizes: dict[int, int] = {}
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t):
+            model(random_tokens(511, 1, 64))
+        return sum(sizes.values())
+
+    before = kept()
+    model.grad_checkpoint = True
+    assert kept() < before / 2
+
+
+def test_the_operators_agree(load: Callable[..., Rwkv7]) -> None:
+    want = loss_and_gradients(load(op="reference", **FILES["with v"]))
+    got = loss_and_gradients(load(op="torch", **FILES["with v"]))
+    errors = {name: difference(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= TOLERANCE, errors
+
+
+def test_float64(load: Callable[..., Rwkv7]) -> None:
+    """`.double()` computes in float64: what remains between two ways of computing is far below float32's rounding."""
+    model = load(**FILES["odd ranks"]).double()
+    tokens = random_tokens(511, 1, T)
+    with torch.no_grad():
+        logits, state = model(tokens, state=None)
+    assert logits.dtype == torch.float64
+    float32, _ = load(**FILES["odd ranks"])(tokens)
+    assert 1e-9 < difference(float32, logits) <= 1e-5
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.05), ("fp16", 0.005)])
+def test_half_precision_is_near(dtype: str, tolerance: float, load: Callable[..., Rwkv7]) -> None:
+    tokens = random_tokens(257, 2, T)
+    with torch.no_grad():
+        want, want_state = load(**SMALL)(tokens)
+        got, state = load(as_dtype=dtype, **SMALL)(tokens)
+    assert got.dtype == {"bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
+    assert state.wkv.dtype == torch.float32
+    assert difference(got, want) <= tolerance
+    assert difference(state.wkv, want_state.wkv) <= tolerance
+
+
+def test_rows_of_a_batch_do_not_see_each_other(load: Callable[..., Rwkv7]) -> None:
+    model = load(**SMALL)
+    tokens = random_tokens(257, 3, 20)
+    with torch.no_grad():
+        together, state = model(tokens)
+        for i in range(3):
+            alone, last = model(tokens[i : i + 1])
+            assert difference(together[i : i + 1], alone) <= 1e-5
+            assert difference(state[i : i + 1].wkv, last.wkv) <= 1e-5
+
+
+def test_the_given_state_is_not_changed(load: Callable[..., Rwkv7]) -> None:
+    model = load(**SMALL)
+    with torch.no_grad():
+        _, state = model(random_tokens(257, 1, 5))
+        wkv, shift = state.wkv.clone(), state.shift.clone()
+        model(random_tokens(257, 1, 20), state)
+    assert torch.equal(state.wkv, wkv)
+    assert torch.equal(state.shift, shift)

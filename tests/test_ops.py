@@ -1,0 +1,310 @@
+"""The operators: every backend that runs here against the float64 recurrence, and the loss against its formula."""
+
+from __future__ import annotations
+
+from itertools import pairwise
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from conftest import difference
+from rwkv_peft import ops
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.ops import BACKENDS, chunked, loss, reference
+from rwkv_peft.ops.loss import next_token_loss
+
+CPU = torch.device("cpu")
+STRONGEST, WEAKEST = -0.5, -20.0  # w of the fastest decay that RWKV-7 can make (0.545 a token), and of hardly any
+INPUTS = ("r", "w", "k", "v", "kk", "iclr")
+RESULTS = ("y", "final_state", *(f"gradient of {name}" for name in (*INPUTS, "initial_state")))
+
+backends = pytest.mark.parametrize("name", [n for n, b in BACKENDS.items() if b.supports(CPU, 64) is None])
+
+
+def make_inputs(B: int, T: int, H: int, N: int, w: float | None = None, seed: int = 0) -> list[Tensor]:
+    """r, w, k, v, kk, iclr (B,T,H,N) float64 as a model makes them; `w` fixes the decay of every channel."""
+    torch.manual_seed(seed)
+    r, raw, k, v, kk, iclr = torch.randn(6, B, T, H, N, dtype=torch.float64)
+    decay = -F.softplus(-(2 * raw - 2)) - 0.5 if w is None else torch.full_like(raw, w)
+    return [r, decay, k, v, F.normalize(kk, dim=-1), torch.sigmoid(iclr)]
+
+
+def make_state(documents: int, H: int, N: int) -> Tensor:
+    return torch.randn(documents, H, N, N, dtype=torch.float64, generator=torch.Generator().manual_seed(7))
+
+
+def results(
+    wkv7: ops.Wkv, inputs: list[Tensor], state: Tensor | None, cu_seqlens: Tensor | None = None
+) -> dict[str, Tensor]:
+    """Everything the operator gives, the gradients those of one random linear function of y and the final state."""
+    leaves = [x.detach().clone().requires_grad_() for x in inputs]
+    initial = None if state is None else state.detach().clone().requires_grad_()
+    y, final = wkv7(*leaves, initial, cu_seqlens)
+    random = torch.Generator().manual_seed(3)
+    weights = [torch.randn(x.shape, dtype=torch.float64, generator=random).bfloat16() for x in (y, final)]
+    total = sum((x * weight.to(x.dtype)).sum(dtype=torch.float64) for x, weight in zip((y, final), weights, strict=True))
+    asked = leaves if initial is None else [*leaves, initial]
+    return dict(zip(RESULTS, [y.detach(), final.detach(), *torch.autograd.grad(total, asked)], strict=False))
+
+
+def assert_same(got: dict[str, Tensor], want: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == want.keys()
+    errors = {name: difference(got[name], want[name]) for name in want}
+    assert max(errors.values()) <= tolerance, errors
+
+
+def cast(inputs: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to(dtype) for x in inputs]
+
+
+# --- one row a document
+
+
+@backends
+@pytest.mark.parametrize("has_state", [True, False])
+@pytest.mark.parametrize("T", [1, 15, 16, 17, 63, 100])
+def test_backend_is_the_recurrence_at_every_length(name: str, T: int, has_state: bool) -> None:
+    inputs, state = make_inputs(2, T, 2, 32), make_state(2, 2, 32) if has_state else None
+    want = results(reference.wkv7, inputs, state)
+    assert_same(results(BACKENDS[name].wkv7, inputs, state), want, 1e-11)
+    state = None if state is None else state.float()
+    got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), state)
+    assert {x.dtype for x in got.values()} == {torch.float32}
+    assert_same(got, want, 1e-5)
+
+
+@backends
+@pytest.mark.parametrize(("B", "T", "H", "N"), [(1, 40, 1, 64), (3, 33, 2, 64), (1, 20, 1, 128), (2, 37, 5, 32), (1, 50, 2, 8)])
+def test_backend_is_the_recurrence_at_every_shape(name: str, B: int, T: int, H: int, N: int) -> None:
+    inputs, state = make_inputs(B, T, H, N), make_state(B, H, N)
+    got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), state.float())
+    assert_same(got, results(reference.wkv7, inputs, state), 1e-5)
+
+
+@backends
+@pytest.mark.parametrize("w", [STRONGEST, WEAKEST, -4.0])
+def test_extreme_decays_over_300_tokens(name: str, w: float) -> None:
+    inputs, state = make_inputs(1, 300, 1, 64, w), make_state(1, 1, 64)
+    got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), state.float())
+    assert_same(got, results(reference.wkv7, inputs, state), 2e-5)
+
+
+@backends
+def test_strongest_and_weakest_decay_beside_each_other(name: str) -> None:
+    inputs, state = make_inputs(1, 130, 2, 64), make_state(1, 2, 64)
+    inputs[1][..., ::2], inputs[1][..., 1::2] = STRONGEST, WEAKEST
+    inputs[1][:, 60:70] = STRONGEST
+    got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), state.float())
+    assert_same(got, results(reference.wkv7, inputs, state), 2e-5)
+
+
+@backends
+@pytest.mark.parametrize("cu_seqlens", [None, [0, 30, 31, 100]])
+def test_bf16_inputs_lose_only_the_rounding_of_the_output(name: str, cu_seqlens: list[int] | None) -> None:
+    bounds = None if cu_seqlens is None else torch.tensor(cu_seqlens)
+    inputs = cast(make_inputs(1, 100, 2, 64), torch.bfloat16)
+    state = make_state(1 if cu_seqlens is None else 3, 2, 64).float()
+    got = results(BACKENDS[name].wkv7, inputs, state, bounds)
+    want = results(reference.wkv7, cast(inputs, torch.float64), state.double(), bounds)
+    kept = {"final_state", "gradient of initial_state"}  # stay float32
+    assert {n for n, x in got.items() if x.dtype == torch.float32} == kept
+    assert {x.dtype for n, x in got.items() if n not in kept} == {torch.bfloat16}
+    assert_same({n: got[n] for n in kept}, {n: want[n] for n in kept}, 1e-5)
+    for n in want.keys() - kept:  # half a step of bf16, and float32's error beside
+        torch.testing.assert_close(got[n].double(), want[n], rtol=2**-8, atol=1e-5 * float(want[n].abs().max()), msg=n)
+
+
+@backends
+@pytest.mark.parametrize("used", ["y", "final_state"])
+def test_gradients_of_one_result_alone(name: str, used: str) -> None:
+    """Autograd hands no gradient to the unused result."""
+    inputs, state = make_inputs(1, 20, 1, 16), make_state(1, 1, 16)
+
+    def gradients(wkv7: ops.Wkv) -> list[Tensor]:
+        leaves = [x.clone().requires_grad_() for x in (*inputs, state)]
+        y, final = wkv7(*leaves)
+        (y if used == "y" else final).sum().backward()  # an expanded gradient, which has no memory of its own
+        return [x.new_zeros(x.shape) if x.grad is None else x.grad for x in leaves]
+
+    for got, want in zip(gradients(BACKENDS[name].wkv7), gradients(reference.wkv7), strict=True):
+        assert difference(got, want) <= 1e-11
+
+
+@backends
+def test_inputs_may_be_views_and_stay_as_they_are(name: str) -> None:
+    """(B,H,T,N) in memory, seen as (B,T,H,N)."""
+    inputs, state = make_inputs(2, 19, 3, 16), make_state(2, 3, 16)
+    views = [x.transpose(1, 2).contiguous().transpose(1, 2) for x in inputs]
+    before = [x.clone() for x in (*views, state)]
+    assert not views[0].is_contiguous()
+    y, final = BACKENDS[name].wkv7(*views, state)
+    want_y, want_final = reference.wkv7(*inputs, state)
+    assert difference(y, want_y) <= 1e-11
+    assert difference(final, want_final) <= 1e-11
+    assert all(torch.equal(x, b) for x, b in zip((*views, state), before, strict=True))
+
+
+def test_gradcheck_of_the_chunked_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The derivative itself, with chunks of 3 tokens and documents of several lengths."""
+    monkeypatch.setattr(chunked, "CHUNK", 3)
+    inputs = [x.requires_grad_() for x in (*make_inputs(1, 9, 2, 3), make_state(3, 2, 3))]
+    assert torch.autograd.gradcheck(chunked.wkv7, (*inputs, torch.tensor([0, 1, 8, 9])), eps=1e-6, atol=1e-7, rtol=1e-5)
+
+
+@pytest.mark.parametrize("length", [1, 2, 5, 16, 32])
+def test_chunk_length_changes_nothing(length: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs, state = make_inputs(2, 35, 2, 16), make_state(2, 2, 16)
+    monkeypatch.setattr(chunked, "CHUNK", length)
+    assert_same(results(chunked.wkv7, inputs, state), results(reference.wkv7, inputs, state), 1e-11)
+
+
+# --- several documents in one row
+
+DOCUMENTS = {
+    "single": [0, 50],
+    "length 1": [0, 1, 2, 3],
+    "equal": [0, 16, 32, 48],
+    "empty": [0, 5, 5, 21],
+    "empty at both ends": [0, 0, 33, 33],
+    "longest last": [0, 3, 20, 100],
+    "longest first": [0, 70, 87, 90, 91],
+    "mixed": [0, 17, 17, 18, 66, 82, 83, 100],
+}
+
+
+@backends
+@pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_packed_documents_are_each_alone(name: str, bounds: list[int]) -> None:
+    """In every result and gradient; each document alone is a call of the reference."""
+    H, N = 2, 16
+    inputs, states = make_inputs(1, bounds[-1], H, N), make_state(len(bounds) - 1, H, N)
+    got = results(BACKENDS[name].wkv7, inputs, states, torch.tensor(bounds))
+    random = torch.Generator().manual_seed(3)  # the weights of the linear function, as `results` draws them
+    weights = torch.randn(inputs[0].shape, dtype=torch.float64, generator=random).bfloat16().double()
+    final_weights = torch.randn(states.shape, dtype=torch.float64, generator=random).bfloat16().double()
+    for i, (start, end) in enumerate(pairwise(bounds)):
+        if start == end:  # an empty document hands its state on
+            assert torch.equal(got["final_state"][i], states[i])
+            assert torch.equal(got["gradient of initial_state"][i], final_weights[i])
+            continue
+        leaves = [x[:, start:end].clone().requires_grad_() for x in inputs]
+        leaves.append(states[i : i + 1].clone().requires_grad_())
+        y, final = reference.wkv7(*leaves)
+        ((y * weights[:, start:end]).sum() + (final * final_weights[i]).sum()).backward()
+        assert difference(got["y"][:, start:end], y) <= 1e-11
+        assert difference(got["final_state"][i : i + 1], final) <= 1e-11
+        for key, leaf in zip(INPUTS, leaves, strict=False):
+            assert leaf.grad is not None
+            scale = float(leaf.grad.abs().max()) + 1e-3  # of a first token, some gradients are zero
+            error = (got[f"gradient of {key}"][:, start:end] - leaf.grad).abs().max()
+            assert float(error) / scale <= 1e-11, key
+        assert difference(got["gradient of initial_state"][i : i + 1], leaves[-1].grad) <= 1e-11
+
+
+@backends
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("has_state", [True, False])
+def test_cu_seqlens_of_both_types_in_float32(name: str, dtype: torch.dtype, has_state: bool) -> None:
+    bounds = torch.tensor(DOCUMENTS["mixed"], dtype=dtype)
+    inputs, states = make_inputs(1, 100, 2, 64), make_state(7, 2, 64)
+    want = results(reference.wkv7, inputs, states if has_state else None, bounds.long())
+    got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), states.float() if has_state else None, bounds)
+    assert_same(got, want, 1e-5)
+
+
+@backends
+def test_a_poisoned_neighbour_stays_outside(name: str) -> None:
+    """Not even NaN gets from one document into another, in either direction."""
+    inputs, states = make_inputs(1, 60, 1, 16), make_state(3, 1, 16)
+    bounds = torch.tensor([0, 18, 38, 60])
+    clean = results(BACKENDS[name].wkv7, inputs, states, bounds)
+    for x in inputs:
+        x[:, 18:38] = float("nan")
+    states[1] = float("nan")
+    got = results(BACKENDS[name].wkv7, inputs, states, bounds)
+    others = torch.tensor([*range(18), *range(38, 60)])
+    for key in ("y", *(f"gradient of {n}" for n in INPUTS)):
+        assert torch.equal(got[key][:, others], clean[key][:, others]), key
+    assert torch.equal(got["final_state"][[0, 2]], clean["final_state"][[0, 2]])
+
+
+# --- choosing a backend
+
+
+def test_auto_takes_the_first_that_runs() -> None:
+    assert ops.choose_backend("auto", CPU, 64) is next(b for b in BACKENDS.values() if b.supports(CPU, 64) is None)
+
+
+def test_unknown_backend_names_the_allowed() -> None:
+    with pytest.raises(ConfigError, match=r"--op cudda: unknown; allowed are auto .*torch.*reference"):
+        ops.choose_backend("cudda", CPU, 64)
+
+
+def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    row = ops.Backend("odd", reference.wkv7, lambda device, head_size: f"wants a GPU, got {device}")
+    monkeypatch.setitem(BACKENDS, "odd", row)
+    with pytest.raises(ConfigError, match="--op odd: wants a GPU, got cpu; choose --op auto"):
+        ops.choose_backend("odd", CPU, 64)
+
+
+# --- loss
+
+
+def make_loss_inputs(n: int = 13, D: int = 8, V: int = 29) -> tuple[Tensor, nn.Linear, Tensor]:
+    torch.manual_seed(5)
+    head = nn.Linear(D, V, bias=False)
+    return torch.randn(n, D, requires_grad=True), head, torch.randint(V, (n,))
+
+
+def test_loss_is_the_sum_of_cross_entropies() -> None:
+    hidden, head, labels = make_loss_inputs()
+    logits = head(hidden)
+    want = sum(torch.logsumexp(row, 0) - row[label] for row, label in zip(logits, labels, strict=True))
+    got, penalty = next_token_loss(hidden, head, labels, 0.0)
+    torch.testing.assert_close(got, want)
+    assert float(penalty) == 0
+    assert got.dtype == penalty.dtype == torch.float32
+    for x, y in zip(
+        torch.autograd.grad(got, [hidden, head.weight], retain_graph=True),
+        torch.autograd.grad(want, [hidden, head.weight]),
+        strict=True,
+    ):
+        torch.testing.assert_close(x, y)
+
+
+@pytest.mark.parametrize("strength", [1e-4, 0.5])
+def test_logit_penalty_pulls_only_the_largest_logit(strength: float) -> None:
+    logits = torch.tensor([[1.0, 3.0, -2.0], [-5.0, -1.0, -4.0], [0.0, 0.0, -1.0], [7.0, 2.0, 6.5]], requires_grad=True)
+    _, penalty = next_token_loss(logits, lambda x: x, torch.tensor([0, 1, 2, 0]), strength)
+    (got,) = torch.autograd.grad(penalty, logits)
+    want = torch.zeros(4, 3)
+    want[0, 1], want[1, 1], want[3, 0] = 3 * strength, -strength, 7 * strength
+    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("most", [1, 29 * 3, 29 * 12, 29 * 13])
+def test_loss_in_chunks_is_the_loss(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    hidden, head, labels = make_loss_inputs()
+    sizes: list[int] = []
+
+    def gradients() -> list[Tensor]:
+        sums = next_token_loss(hidden, head, labels, 0.3)
+        return [*sums, *torch.autograd.grad(sums[0] + 2 * sums[1], [hidden, head.weight])]
+
+    want = gradients()
+    monkeypatch.setattr(loss, "MOST_LOGITS", most)
+    head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
+    for got, expected in zip(gradients(), want, strict=True):
+        torch.testing.assert_close(got, expected)
+    assert max(sizes) <= max(29, most)
+    assert len(sizes) == 1 if most >= 29 * 13 else len(sizes) > 1
+
+
+def test_loss_of_bf16_is_summed_in_float32() -> None:
+    hidden, head, labels = make_loss_inputs(n=3000)
+    hidden, head = hidden.detach().bfloat16(), head.bfloat16()
+    got, _ = next_token_loss(hidden, head, labels, 0.0)
+    want = F.cross_entropy(head(hidden).double(), labels, reduction="sum")
+    assert abs(float(got) / float(want) - 1) < 1e-5
