@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import argparse
+import ast
 import io
-import math
 import os
 import re
 import sys
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import MISSING, dataclass, field, fields, make_dataclass
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import MISSING, dataclass, is_dataclass
+from functools import cache
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
-from . import __version__
+from . import __version__, config
 from .config import ADVANCED, ESCAPES, ChatConfig, DemoConfig, GenerateConfig, MergeConfig, TrainConfig
 from .errors import ConfigError, RwkvPeftError
-from .yaml_config import Setting, build, convert, read_yaml, settings_of, suggestion
+from .yaml_config import build, convert, read_yaml, settings_of, suggestion
 
 PROGRAM = "rwkv-peft"
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
@@ -67,10 +71,10 @@ def run(argv: list[str]) -> int:
         raise ConfigError(f"{name}: no such command{suggestion(name, COMMANDS)}\nsee: {PROGRAM} --help")
     command = COMMANDS[name]
     if any(flag in rest for flag in HELP_FLAGS):
-        print_help(name, command, everything="--help-all" in rest)
+        print(parser(name, everything="--help-all" in rest).format_help(), end="")
         return 0
     try:
-        config = parse(command, rest)
+        config = parse(name, rest)
     except ConfigError as error:
         raise ConfigError(f"{error}\nsee: {PROGRAM} {name} --help") from error
     try:
@@ -87,66 +91,103 @@ def is_out_of_memory(error: Exception) -> bool:
     return isinstance(error, MemoryError | kind) or "can't allocate memory" in str(error)
 
 
-# Reading the command line. tyro draws the help but does not read the flags: it tells of mistakes in boxes that depend
-# on the terminal, refuses values that begin with a dash, and forgets all but the last of several --data.
+# Reading the command line
 
 
-def parse(command: Command, argv: list[str]) -> Any:
+def parse(name: str, argv: Sequence[str]) -> Any:
     """The settings of a command: from its flags, else from the file that --config names. Raises ConfigError."""
+    command = COMMANDS[name]
     settings = settings_of(command.kind)
-    flags = read_flags(argv, settings | {"config": Setting("config", Path, (), None)}, command.positional)
-    file = flags.pop("config", None)
-    values = (read_yaml(file, command.kind) if file else {}) | flags
-    missing = [as_flag(name) for name, setting in settings.items() if setting.default is MISSING and name not in values]
+    dashed = [re.sub("^--[^=]+", lambda flag: flag[0].replace("_", "-"), word) for word in argv]
+    found, strange = parser(name, everything=True).parse_known_intermixed_args(dashed)
+    for word in strange:
+        flag = word.partition("=")[0]
+        if flag.startswith("--"):
+            raise ConfigError(f"{flag}: unknown flag{suggestion(flag, map(as_flag, settings))}")
+        raise ConfigError(f"{word!r}: unexpected; a value stands behind its flag")
+    given = vars(found)
+    file = given.pop("config", None)
+    values = read_yaml(Path(file), command.kind) if file else {}
+    for key, value in given.items():
+        setting = settings[key]
+        if ESCAPES in setting.marks:
+            value = unescaped(value) if isinstance(value, str) else [unescaped(text) for text in value]
+        values[key] = convert(value, setting.hint, as_flag(key))
+    missing = [as_flag(key) for key, setting in settings.items() if setting.default is MISSING and key not in values]
     if missing:
         raise ConfigError(f"{' '.join(missing)}: missing; give a value here, or in a --config file")
     return build(command.kind, values)
 
 
-def read_flags(argv: list[str], settings: Mapping[str, Setting], positional: Sequence[str]) -> dict[str, Any]:
-    """The value of every setting on the command line, converted to its type. Raises ConfigError."""
-    values: dict[str, Any] = {}
-    for name, texts in split_flags(argv, settings, positional).items():
-        setting = settings[name]
-        plain = [text.replace("\\n", "\n") for text in texts] if ESCAPES in setting.marks else texts
-        values[name] = convert(plain if arity(setting.hint) > 1 else plain[0], setting.hint, as_flag(name))
-    return values
+class Parser(argparse.ArgumentParser):
+    """argparse, with its errors as ours."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(message.removeprefix("argument "))
 
 
-def split_flags(argv: list[str], settings: Mapping[str, Setting], positional: Sequence[str]) -> dict[str, list[str]]:
-    """The texts that the command line gives for each setting; of a flag given twice the last, of a list all."""
-    texts: dict[str, list[str]] = {}
-    free: list[str] = []
-    rest = argv[::-1]
-    while rest:
-        token = rest.pop()
-        if not is_flag(token):
-            free.append(token)
-            continue
-        flag, equals, text = token.partition("=")
-        name = flag[2:].replace("-", "_")
-        switch = name.removeprefix("no_")
-        if not equals and switch in settings and settings[switch].hint is bool:
-            texts[switch] = [str(switch == name)]
-            continue
-        if name not in settings:
-            raise ConfigError(f"{flag}: unknown flag{suggestion(as_flag(name), map(as_flag, settings))}")
-        most = arity(settings[name].hint)
-        given = [text] if equals else []
-        while not equals and rest and len(given) < most and not is_flag(rest[-1]):
-            given.append(rest.pop())
-        if not given:
-            raise ConfigError(f"{flag}: needs a value; one that begins with two dashes is written {flag}=--value")
-        texts[name] = texts.get(name, []) + given if most == math.inf else given
-    places = [name for name in positional if name not in texts]
-    if len(free) > len(places):
-        raise ConfigError(f"{free[len(places)]!r}: unexpected; a value stands behind its flag")
-    return texts | {name: [text] for name, text in zip(places, free, strict=False)}
+def parser(name: str, everything: bool) -> Parser:
+    """The flags of a command; the help of the advanced ones only if `everything`."""
+    command = COMMANDS[name]
+    settings, docs = settings_of(command.kind), field_docs(command.kind)
+    hidden = [] if everything else [key for key, setting in settings.items() if ADVANCED in setting.marks]
+    result = Parser(
+        prog=f"{PROGRAM} {name}",
+        usage=" ".join([PROGRAM, name, *map(str.upper, command.positional), "[settings]"]),
+        description=command.kind.__doc__,
+        epilog="--help-all shows every setting; these are the ones that people use first." if hidden else None,
+        argument_default=argparse.SUPPRESS,
+        allow_abbrev=False,
+        formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
+    )
+    for key in command.positional:
+        result.add_argument(key, nargs="?", metavar=key.upper(), help=f"the same as {as_flag(key)}")
+    for key, setting in settings.items():
+        text = f"{docs[key]} {default_text(setting.default)}".strip().replace("%", "%%")
+        shown = argparse.SUPPRESS if key in hidden else text.replace("`", "")
+        if setting.hint is bool:
+            result.add_argument(as_flag(key), action=argparse.BooleanOptionalAction, help=shown)
+        else:
+            result.add_argument(as_flag(key), help=shown, **value_form(setting.hint))
+    result.add_argument("--config", metavar="FILE", help="Read settings from a YAML file; flags override it.")
+    return result
 
 
-def is_flag(token: str) -> bool:
-    """Whether a word of the command line is a flag, and no value."""
-    return re.match("--[a-zA-Z]", token) is not None
+def value_form(hint: Any) -> dict[str, Any]:
+    """How argparse takes the value of a setting: the words it is of, and what stands for them in the help."""
+    origin, inner = get_origin(hint), get_args(hint)
+    if type(None) in inner:
+        return value_form(inner[0])
+    if origin is Literal:
+        return {"metavar": "|".join(inner)}
+    if origin in (list, tuple):
+        one = value_form(inner[0])["metavar"]
+        many = origin is list or inner[-1] is Ellipsis
+        return {"metavar": one, "nargs": "+", "action": "extend"} if many else {"metavar": one, "nargs": len(inner)}
+    return {"metavar": {int: "N", float: "X", Path: "PATH"}.get(hint, "TEXT")}
+
+
+@cache
+def class_docs() -> dict[str, dict[str, str]]:
+    """The docstrings that stand under the fields of config.py, by class and field."""
+    docs: dict[str, dict[str, str]] = defaultdict(dict)
+    for kind in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+        for pair in pairwise(getattr(kind, "body", ())):
+            match pair:
+                case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):
+                    docs[kind.name][name] = doc  # type: ignore[attr-defined]
+    return docs
+
+
+def field_docs(kind: type[Any]) -> dict[str, str]:
+    """The docstring of each setting of a dataclass, of those it inherits, and of those nested in it."""
+    nested = [hint for hint in get_type_hints(kind).values() if is_dataclass(hint)]
+    return {name: doc for owner in (*nested, *kind.__mro__[::-1]) for name, doc in class_docs()[owner.__name__].items()}
+
+
+def unescaped(text: str) -> str:
+    """With each backslash and n a line break."""
+    return text.replace("\\n", "\n")
 
 
 def as_flag(name: str) -> str:
@@ -154,14 +195,15 @@ def as_flag(name: str) -> str:
     return "--" + name.replace("_", "-")
 
 
-def arity(hint: Any) -> float:
-    """How many values a setting of this type takes on the command line, at most."""
-    inner = get_args(hint)
-    if type(None) in inner:
-        return arity(inner[0])
-    if get_origin(hint) is tuple and inner[-1] is not Ellipsis:
-        return len(inner)
-    return math.inf if get_origin(hint) in (list, tuple) else 1
+def default_text(default: Any) -> str:
+    """The end of a setting's help; where the default is no plain value, the docstring says what it means."""
+    if default is MISSING:
+        return "(required)"
+    if default is None or default is False or default in ("auto", "same", "", ()):
+        return ""
+    values = default if isinstance(default, tuple) else (default,)
+    text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
+    return "[" + text.replace("\n", "\\n") + "]"
 
 
 def overview() -> str:
@@ -175,67 +217,6 @@ Fine-tune RWKV language models.
 {chr(10).join(lines)}
 
 {PROGRAM} COMMAND --help shows the settings of a command, {PROGRAM} --version the version."""
-
-
-def print_help(name: str, command: Command, everything: bool) -> None:
-    """A command's settings, drawn by tyro; the advanced ones only if `everything`."""
-    import tyro
-
-    text = f"{command.kind.__doc__}\n--config FILE reads settings from a YAML file; flags override it."
-    if not everything and any(ADVANCED in setting.marks for setting in settings_of(command.kind).values()):
-        text += "\n--help-all shows every setting; these are the ones that people use first."
-    page = help_page(command.kind, command.positional, everything)
-    markers = (tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff)
-    try:
-        tyro.cli(page, prog=f"{PROGRAM} {name}", description=text, args=["--help"], config=markers)
-    except SystemExit:  # which is how tyro ends a help
-        return
-
-
-def help_page(kind: type[Any], positional: Sequence[str], everything: bool) -> type[Any]:
-    """A subclass of `kind` whose types tell tyro how to show them; order and docstrings are those of `kind`."""
-    import tyro
-
-    settings, hints = settings_of(kind), get_type_hints(kind)
-    shown: list[tuple[str, Any, Any]] = []
-    for part in fields(kind):
-        if part.name not in settings:
-            inner = help_page(hints[part.name], (), everything)
-            shown.append((part.name, inner, field(default_factory=inner)))
-            continue
-        setting = settings[part.name]
-        label = part.name.upper() if part.name in positional else metavar(setting.hint)
-        marks = [tyro.conf.arg(metavar=label, help_behavior_hint=default_text(setting.default))]
-        if part.name in positional:
-            marks.append(tyro.conf.Positional)
-        if ADVANCED in setting.marks and not everything:
-            marks.append(tyro.conf.Suppress)
-        shown.append((part.name, Annotated[(setting.hint, *marks)], field(default=setting.default)))
-    return make_dataclass(kind.__name__, shown, bases=(kind,))
-
-
-def metavar(hint: Any) -> str | None:
-    """What stands for the value of a flag in the help; nothing for a switch."""
-    origin, inner = get_origin(hint), get_args(hint)
-    if origin is Literal:
-        return "|".join(inner)
-    if type(None) in inner:
-        return metavar(inner[0])
-    if origin in (list, tuple):
-        many = origin is list or inner[-1] is Ellipsis
-        return f"{metavar(inner[0])}..." if many else " ".join(str(metavar(kind)) for kind in inner)
-    return {int: "N", float: "X", Path: "PATH", str: "TEXT"}.get(hint)
-
-
-def default_text(default: Any) -> str:
-    """The end of a setting's help; where the default is no plain value, the docstring says what it means."""
-    if default is MISSING:
-        return "(required)"
-    if default is None or default is False or default in ("auto", "same", "", ()):
-        return ""
-    values = default if isinstance(default, tuple) else (default,)
-    text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
-    return "[" + text.replace("\n", "\\n") + "]"
 
 
 # Running a command

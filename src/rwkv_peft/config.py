@@ -121,7 +121,8 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.model, self.out = Path(self.model), Path(self.out)
-        self.data = [Path(self.data)] if isinstance(self.data, str | Path) else [Path(path) for path in self.data]
+        paths: object = self.data  # Python callers may give one path, or text
+        self.data = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in self.data]
 
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range or two settings contradict each other."""

@@ -27,7 +27,10 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int = 0) -> 
                 f"{path}: needs {size:,} bytes, the disk has {free:,} free; make room, or write elsewhere"
             )
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode
             write(temporary)
+            temporary.chmod(mode)  # as every new file has it; some writers make files that only their owner can read
             _flush(temporary)
             os.replace(temporary, path)
         finally:

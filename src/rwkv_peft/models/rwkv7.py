@@ -179,7 +179,8 @@ class TimeMix(nn.Module):
         delta = shifted - x
         xr, xw, xk, xv, xa, xg = (x + delta * p[name] for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w = -F.softplus(-(p["w0"] + torch.tanh(xw @ p["w1"]) @ p["w2"]).float()) - 0.5
+        raw_w = p["w0"] + torch.tanh(xw @ p["w1"]) @ p["w2"]
+        w = -F.softplus(-raw_w.to(torch.promote_types(x.dtype, torch.float32))) - 0.5
         iclr = torch.sigmoid(p["a0"] + (xa @ p["a1"]) @ p["a2"])
         gate = torch.sigmoid(xg @ p["g1"]) @ p["g2"]
         if self.is_first:
