@@ -1,7 +1,7 @@
 """Initial weights of the tiny base model: `python tools/tiny_base.py OUT.pth`.
 
-Training them is the work of `rwkv-peft train --peft full`; the model card beside the model has the commands. The initial
-values follow RWKV-LM's training code for RWKV-7.
+Training them is the work of `rwkv-peft train --peft full`; the model card beside the model has the commands. The
+initial values follow RWKV-LM's training code for RWKV-7.
 """
 
 from __future__ import annotations

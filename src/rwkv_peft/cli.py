@@ -108,11 +108,9 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     given = vars(found)
     file = given.pop("config", None)
     values = read_yaml(Path(file), command.kind) if file else {}
-    for key, value in given.items():
-        setting = settings[key]
-        if ESCAPES in setting.marks:
-            value = unescaped(value) if isinstance(value, str) else [unescaped(text) for text in value]
-        values[key] = convert(value, setting.hint, as_flag(key))
+    for key, words in given.items():
+        escapes = ESCAPES in settings[key].marks
+        values[key] = convert(unescaped(words) if escapes else words, settings[key].hint, as_flag(key))
     missing = [as_flag(key) for key, setting in settings.items() if setting.default is MISSING and key not in values]
     if missing:
         raise ConfigError(f"{' '.join(missing)}: missing; give a value here, or in a --config file")
@@ -181,13 +179,13 @@ def class_docs() -> dict[str, dict[str, str]]:
 
 def field_docs(kind: type[Any]) -> dict[str, str]:
     """The docstring of each setting of a dataclass, of those it inherits, and of those nested in it."""
-    nested = [hint for hint in get_type_hints(kind).values() if is_dataclass(hint)]
+    nested = [hint for hint in get_type_hints(kind).values() if isinstance(hint, type) and is_dataclass(hint)]
     return {name: doc for owner in (*nested, *kind.__mro__[::-1]) for name, doc in class_docs()[owner.__name__].items()}
 
 
-def unescaped(text: str) -> str:
-    """With each backslash and n a line break."""
-    return text.replace("\\n", "\n")
+def unescaped(words: str | list[str]) -> str | list[str]:
+    """With a line break for each backslash and n."""
+    return words.replace("\\n", "\n") if isinstance(words, str) else [word.replace("\\n", "\n") for word in words]
 
 
 def as_flag(name: str) -> str:

@@ -44,7 +44,7 @@ def run_demo(config: DemoConfig) -> None:
     after, answers_after = score(merged)
     result = {"before": before, "after": after, "train_seconds": round(seconds, 1)}
     write_text(out / "demo.json", json.dumps(result, indent=2) + "\n")
-    for (prompt, want), old, new in list(zip(heldout(), answers_before, answers_after, strict=True))[:SHOWN]:
+    for (prompt, want), old, new in zip(heldout()[:SHOWN], answers_before, answers_after, strict=False):
         shown = (prompt.splitlines()[0], f"  wanted  {want}", f"  before  {_one_line(old)}", f"  after   {new}")
         console.print("", *shown, sep="\n", highlight=False, markup=False, soft_wrap=True)
     console.print(farewell(out, result), highlight=False, markup=False, soft_wrap=True)
@@ -53,8 +53,8 @@ def run_demo(config: DemoConfig) -> None:
 def demo_settings(out: Path) -> TrainConfig:
     """The training run of the demo."""
     return TrainConfig(
-        model=BASE, data=[TRAIN_DATA], out=out, peft="lora", rank=16, ctx_len=256, micro_batch=16, max_steps=100, lr=2e-3,
-        lr_final=1e-4, warmup_steps=5, device="cpu",
+        model=BASE, data=[TRAIN_DATA], out=out, peft="lora", rank=16, ctx_len=256, micro_batch=16, max_steps=100,
+        lr=2e-3, lr_final=1e-4, warmup_steps=5, device="cpu",
     )  # fmt: skip
 
 

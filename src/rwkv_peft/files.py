@@ -32,7 +32,7 @@ def write_atomic(path: Path, write: Callable[[Path], object], size: int = 0) -> 
             write(temporary)
             temporary.chmod(mode)  # as every new file has it; some writers make files that only their owner can read
             _flush(temporary)
-            os.replace(temporary, path)
+            temporary.replace(path)
         finally:
             temporary.unlink(missing_ok=True)
 
@@ -41,6 +41,26 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     data = text.encode()
     write_atomic(path, lambda temporary: temporary.write_bytes(data), len(data))
+
+
+def write_folder(folder: Path, write: Callable[[Path], object]) -> None:
+    """Let `write` fill a temporary folder beside `folder`, and rename it; what was in `folder` before is replaced."""
+    name = secrets.token_hex(4)
+    temporary, before = (folder.with_name(f".{folder.name}.{name}.{what}") for what in ("tmp", "old"))
+    with output_errors(folder):
+        try:
+            temporary.mkdir(parents=True)
+            write(temporary)
+            if folder.exists():
+                folder.rename(before)
+            temporary.rename(folder)
+        except OutputError as error:
+            raise OutputError(str(error).replace(str(temporary), str(folder))) from error
+        finally:
+            if before.exists() and not folder.exists():
+                before.rename(folder)
+            shutil.rmtree(temporary, ignore_errors=True)
+            shutil.rmtree(before, ignore_errors=True)
 
 
 @contextmanager

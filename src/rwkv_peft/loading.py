@@ -1,4 +1,4 @@
-"""From a model file to a model: find the version, read every size from the tensors, check, cast and place each tensor."""
+"""From a model file to a model: find the version, read the sizes from the tensors, check, cast and place each."""
 
 from __future__ import annotations
 
@@ -66,7 +66,8 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
         extra = sorted(shapes.keys() - expected.keys() - kind.unused)
         if extra:
             raise CheckpointError(
-                f"holds {len(extra)} tensors that a plain RWKV-7 model has not, e.g. {extra[0]}; variants are not supported yet"
+                f"holds {len(extra)} tensors that a plain RWKV-7 model has not, e.g. {extra[0]}; "
+                "variants are not supported yet; get a plain model"
             )
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error

@@ -47,7 +47,7 @@ def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Names of the linear matrices that end in one of `targets`, at a dot. Raises ConfigError if one matches nothing."""
+    """Names of the matrices that end in one of `targets`, at a dot. Raises ConfigError if a target matches none."""
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
     found = set()
     for target in targets:

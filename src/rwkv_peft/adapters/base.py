@@ -13,9 +13,9 @@ from ..config import AdapterConfig
 class AdaptedLinear(nn.Module):
     """A frozen base matrix with trained tensors beside it.
 
-    The base is only called, or asked for its dense weight, so that any linear layer can be one. It shares its parameters
-    and buffers with this module instead of being its child: so `blocks.0.att.key.weight` keeps that name, and the trained
-    tensors are `blocks.0.att.key.<tensor>`.
+    The base is only called, or asked for its dense weight, so that any linear layer can be one. It shares its
+    parameters and buffers with this module instead of being its child: so `blocks.0.att.key.weight` keeps that name,
+    and the trained tensors are `blocks.0.att.key.<tensor>`.
     """
 
     tensors: ClassVar[tuple[str, ...]]

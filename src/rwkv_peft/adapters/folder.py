@@ -9,16 +9,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ..checkpoint import read_tensors, write_tensors
+from ..checkpoint import check_finite, read_tensors, write_tensors
 from ..config import AdapterConfig
 from ..errors import CheckpointError, ConfigError
-from ..files import write_text
+from ..files import write_folder, write_text
 from .attach import ADAPTERS, adapted, attach_adapter
 
 FORMAT = 1
@@ -58,12 +59,17 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     tensors = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.trained().items()}
     parts = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in tensors}
     parts |= {n: model.get_parameter(n) for n in getattr(model, "adapter_parts", ())}
-    write_tensors(folder / "adapter_model.safetensors", {PREFIX + name: t for name, t in tensors.items()})
-    if parts:
-        write_tensors(folder / "parts.safetensors", parts)
-    write_text(folder / "adapter_config.json", _json(peft_config(config, layers, getattr(model, "source", ""))))
+    settings = peft_config(config, layers, getattr(model, "source", ""))
     ours = {"format": FORMAT, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts)}
-    write_text(folder / "rwkv_peft.json", _json(ours))
+
+    def write(temporary: Path) -> None:
+        write_tensors(temporary / "adapter_model.safetensors", {PREFIX + name: t for name, t in tensors.items()})
+        if parts:
+            write_tensors(temporary / "parts.safetensors", parts)
+        write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+        write_text(temporary / "rwkv_peft.json", json.dumps(ours, indent=2) + "\n")
+
+    write_folder(folder, write)
 
 
 def load_adapter(model: Model, folder: Path | str) -> Model:
@@ -73,19 +79,12 @@ def load_adapter(model: Model, folder: Path | str) -> Model:
     """
     saved = read_adapter(folder)
     if saved.base and getattr(model, "fingerprint", saved.base) != saved.base:
-        raise CheckpointError(f"{folder}: was trained on a base with other weights than {model.source}; load that base")  # type: ignore[attr-defined]
+        raise CheckpointError(f"{folder}: was trained on a base with other weights than {model.source}; load that base")
+    check_fit(folder, saved, {name: tuple(p.shape) for name, p in model.named_parameters()})
     attach_adapter(model, saved.config)
-    own = {f"{name}.{key}": p for name, layer in adapted(model) for key, p in layer.trained().items()}
-    if own.keys() != saved.tensors.keys():
-        odd = sorted(own.keys() ^ saved.tensors.keys())
-        raise CheckpointError(
-            f"{folder}: {len(odd)} tensors do not belong to this model, e.g. {odd[0]}; load its own base"
-        )
-    names = dict(model.named_parameters())
     for name, value in {**saved.tensors, **saved.parts}.items():
-        if name not in names or names[name].shape != value.shape:
-            raise CheckpointError(f"{folder}: {name} {tuple(value.shape)} does not fit this model; load its own base")
-        names[name].data = value.to(names[name].device)
+        parameter = model.get_parameter(name)
+        parameter.data = value.to(parameter.device)
     model.adapter_parts = tuple(saved.parts)  # type: ignore[assignment]
     return model
 
@@ -111,7 +110,31 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
             f"{folder}: parts.safetensors does not hold what rwkv_peft.json lists; copy the folder again"
         )
     plain = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
-    return AdapterFolder(_adapter_config(folder, settings), plain, parts, ours.get("base", ""))
+    for name, tensor in {**plain, **parts}.items():
+        check_finite(folder, name, tensor)
+    # PEFT can name its targets by a pattern, or leave layers out: the tensors tell which they are
+    targets = sorted({name.partition(".lora_")[0] for name in plain})
+    return AdapterFolder(_adapter_config(folder, settings, targets), plain, parts, ours.get("base", ""))
+
+
+def check_fit(folder: Path | str, saved: AdapterFolder, base: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the folder holds what its matrices need, and all of it fits a base of these shapes."""
+    expected: dict[str, tuple[int, ...]] = {}
+    for target in saved.config.targets:
+        shape = base.get(f"{target}.weight", ())
+        if len(shape) != 2:
+            raise CheckpointError(f"{folder}: adapts {target}, which this base has not; name its own base")
+        with torch.device("meta"):
+            layer = ADAPTERS[saved.config.peft](nn.Linear(shape[1], shape[0], bias=False), saved.config)
+        expected |= {f"{target}.{key}": tuple(p.shape) for key, p in layer.trained().items()}
+    odd = sorted(expected.keys() ^ saved.tensors.keys())
+    if odd or not expected:
+        what = odd[0] if odd else "every tensor"
+        raise CheckpointError(f"{folder}: {what} is missing or has no use; copy the folder again")
+    expected |= {name: base.get(name, ()) for name in saved.parts}
+    for name, tensor in {**saved.tensors, **saved.parts}.items():
+        if tuple(tensor.shape) != expected[name]:
+            raise CheckpointError(f"{folder}: {name} {tuple(tensor.shape)} does not fit this base; name its own base")
 
 
 def peft_config(config: AdapterConfig, layers: Mapping[str, nn.Module], source: str) -> dict[str, Any]:
@@ -131,23 +154,23 @@ def peft_config(config: AdapterConfig, layers: Mapping[str, nn.Module], source: 
     }
 
 
-def _adapter_config(folder: Path, settings: Mapping[str, Any]) -> AdapterConfig:
+def _adapter_config(folder: Path, settings: Mapping[str, Any], targets: Sequence[str]) -> AdapterConfig:
     method = next((ours for ours, peft in PEFT_NAMES.items() if peft == settings.get("peft_type")), None)
     if method not in ADAPTERS:
         raise CheckpointError(
             f"{folder}: holds a {settings.get('peft_type')} adapter; allowed are {' '.join(PEFT_NAMES.values())}"
         )
     special = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(key)]
+    special += ["bias"] if settings.get("bias", "none") != "none" else []
     if special:
         raise CheckpointError(f"{folder}: uses {special[0]}, which is not supported yet")
-    targets = settings.get("target_modules")
     try:
         config = AdapterConfig(
             "lora",
             int(settings["r"]),
             float(settings["lora_alpha"]),
             float(settings.get("lora_dropout", 0)),
-            tuple(targets or ()),
+            tuple(targets),
         )
         config.check()
     except (KeyError, TypeError, ValueError) as error:
@@ -167,7 +190,3 @@ def _read_json(path: Path) -> dict[str, Any]:
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no object; copy the folder again")
     return found
-
-
-def _json(value: Mapping[str, Any]) -> str:
-    return json.dumps(value, indent=2) + "\n"

@@ -29,12 +29,13 @@ class LoraLinear(AdaptedLinear):
 
     def forward(self, x: Tensor) -> Tensor:
         inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        return self.base(x) + F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.scale
+        product: Tensor = self.base(x)
+        return product + F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.scale
 
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         A, B = (tensors[name].float() for name in LoraLinear.tensors)
-        return weight.float() + scale_of(config) * (B @ A)
+        return torch.addmm(weight.float(), B, A, alpha=scale_of(config))
 
 
 def scale_of(config: AdapterConfig) -> float:

@@ -7,7 +7,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapters import ADAPTERS
-from ..adapters.folder import AdapterFolder, read_adapter
+from ..adapters.folder import AdapterFolder, check_fit, read_adapter
 from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, read_tensors, write_tensors
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..loading import check_model
@@ -52,14 +52,9 @@ def merge_tensors(base: dict[str, Tensor], adapter: AdapterFolder, folder: Path 
     """
     if adapter.base and adapter.base != fingerprint(base):
         raise CheckpointError(f"{folder}: was trained on a base with other weights than this one; name that base")
+    check_fit(folder, adapter, {name: tuple(tensor.shape) for name, tensor in base.items()})
     merged = dict(base)
-    for name in sorted({key.partition(".lora_")[0] for key in adapter.tensors}):
-        weight = base.get(f"{name}.weight")
-        if weight is None:
-            raise CheckpointError(f"{folder}: adapts {name}, which the base has not; name its own base")
-        merged[f"{name}.weight"] = ADAPTERS[adapter.config.peft].merged(weight, adapter.of_module(name), adapter.config)
-    for name, part in adapter.parts.items():
-        if name not in base or base[name].shape != part.shape:
-            raise CheckpointError(f"{folder}: its part {name} does not fit the base; name its own base")
-        merged[name] = part.float()
-    return merged
+    for target in adapter.config.targets:
+        name = f"{target}.weight"
+        merged[name] = ADAPTERS[adapter.config.peft].merged(base[name], adapter.of_module(target), adapter.config)
+    return merged | {name: part.float() for name, part in adapter.parts.items()}

@@ -47,7 +47,8 @@ class Documents:
         bounds = torch.as_tensor(cu_seqlens).tolist()
         if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1] or bounds != sorted(bounds):
             raise ValueError(
-                f"cu_seqlens {bounds[:3]}…{bounds[-1:]} with tokens {tuple(tokens.shape)}: must rise from 0 to T, and B be 1"
+                f"cu_seqlens from {bounds[0]} to {bounds[-1]} with tokens {tuple(tokens.shape)}: "
+                "must rise from 0 to T, and B be 1"
             )
         self.count = len(bounds) - 1
         filled = [i for i in range(self.count) if bounds[i] < bounds[i + 1]]

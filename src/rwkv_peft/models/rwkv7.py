@@ -1,9 +1,10 @@
 """RWKV-7 "x070": one forward for training, for contexts in pieces and for inference.
 
-Parameters have the names of the official files, where `att` is the time-mix (attention's place) and `ffn` the channel-mix:
-`x_*` mix a token with the one before; `receptance key value output` are the matrices; `w* a* v* g*` are low-rank functions
-of the token for the decay, the in-context learning rate, the value residual and the gate (`w0 + act(x @ w1) @ w2`);
-`k_k k_a` make the removal key and the replacement key, `r_k` is the bonus of the current token, `ln_x` normalises heads.
+Parameters have the names of the official files, where `att` is the time-mix (attention's place) and `ffn` the
+channel-mix: `x_*` mix a token with the one before; `receptance key value output` are the matrices; `w* a* v* g*` are
+low-rank functions of the token for the decay, the in-context learning rate, the value residual and the gate
+(`w0 + act(x @ w1) @ w2`); `k_k k_a` make the removal key and the replacement key, `r_k` is the bonus of the current
+token, `ln_x` normalises heads.
 
 Axes: B rows, T tokens, D width, H heads, N head size, V vocabulary, L layers, S documents.
 Source: "RWKV-7 Goose" (arXiv 2503.14456).
@@ -50,7 +51,7 @@ class Rwkv7Sizes:
 
     @staticmethod
     def of(shapes: Shapes) -> Rwkv7Sizes:
-        """The sizes of the model whose tensors have these shapes. Raises CheckpointError if one is missing or misshapen."""
+        """The sizes of the model whose tensors have these shapes. Raises CheckpointError if one is missing."""
         layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))), default=0)
         vocab_size, width = _shape(shapes, "emb.weight", 2)
         heads, head_size = _shape(shapes, "blocks.0.att.r_k", 2)
@@ -81,7 +82,7 @@ class Rwkv7(nn.Module):
         super().__init__()
         self.sizes = sizes
         self.grad_checkpoint = False
-        # an empty tensor in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
+        # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.emb = nn.Embedding(sizes.vocab_size, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes, layer) for layer in range(sizes.layers))
@@ -98,8 +99,8 @@ class Rwkv7(nn.Module):
     ) -> tuple[Tensor, ModelState]:
         """Logits (B,T,V) of the token after each of `tokens` (B,T) int64, and the state after the last.
 
-        With `cu_seqlens`, S+1 rising offsets from 0 to T, B is 1 and the row holds S documents that do not see each other;
-        `state` then has S entries. Raises ValueError if the shapes do not fit.
+        With `cu_seqlens`, S+1 rising offsets from 0 to T, B is 1 and the row holds S documents that do not see each
+        other; `state` then has S entries. Raises ValueError if the shapes do not fit.
         """
         x, state = self.hidden(tokens, state, cu_seqlens)
         return self.head(x), state
@@ -196,7 +197,7 @@ class TimeMix(nn.Module):
         return self.output(y * gate), v_first, wkv, last
 
     def _split(self, x: Tensor) -> Tensor:
-        return x.unflatten(-1, (self.heads, -1))  # (B,T,D) → (B,T,H,N)
+        return x.view(*x.shape[:-1], self.heads, -1)  # (B,T,D) → (B,T,H,N)
 
 
 class ChannelMix(nn.Module):

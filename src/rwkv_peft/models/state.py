@@ -14,7 +14,10 @@ if TYPE_CHECKING:
 
 @dataclass
 class ModelState:
-    """All that a model remembers of the tokens before. Axes: L layers, B rows or documents, H heads, N head size, D width."""
+    """All that a model remembers of the tokens before.
+
+    Axes: L layers, B rows or documents, H heads, N head size, D width.
+    """
 
     wkv: Tensor
     """(L,B,H,N,N) float32: row = value index, column = key index."""

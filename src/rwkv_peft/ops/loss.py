@@ -18,12 +18,12 @@ def next_token_loss(
     """Sums over the n tokens of the cross-entropy, and of RWKV's logit penalty.
 
     Arguments: hidden (n,D); head from (n,D) to logits (n,V); labels (n,) int64.
-    The penalty is `logit_penalty/2 · max(logits)²`, whose gradient is `logit_penalty · max` at the largest logit: it keeps
-    logits near 0. Add both for the backward pass; divide by the number of tokens that the step trains on.
+    The penalty is `logit_penalty/2 · max(logits)²`, whose gradient is `logit_penalty · max` at the largest logit: it
+    keeps logits near 0. Add both for the backward pass; divide by the number of tokens that the step trains on.
     Both results are float32 scalars. Source of the penalty: L2Wrap of RWKV-LM.
     """
     size = max(1, MOST_LOGITS // max(1, int(getattr(head, "out_features", MOST_LOGITS))))
-    pieces = list(zip(hidden.split(size), labels.split(size), strict=True))
+    pieces = list(zip(torch.split(hidden, size), torch.split(labels, size), strict=True))
     if len(pieces) == 1:
         return _piece(hidden, head, labels, logit_penalty)
     sums = [checkpoint(_piece, h, head, n, logit_penalty, use_reentrant=False) for h, n in pieces]

@@ -5,6 +5,8 @@ Axes: B batch, T tokens, H heads, N head size, S documents. A state is (S,H,N,N)
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 from torch import Tensor
 
@@ -30,7 +32,7 @@ def wkv7(
     Source: "RWKV-7 Goose" (arXiv 2503.14456), equations 15 to 18.
     """
     if cu_seqlens is not None:
-        return _each_document(r, w, k, v, kk, iclr, initial_state, cu_seqlens)
+        return _each_document((r, w, k, v, kk, iclr), initial_state, cu_seqlens)
     dtype = torch.promote_types(r.dtype, torch.float32)
     B, T, H, N = r.shape
     state = r.new_zeros(B, H, N, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
@@ -48,18 +50,18 @@ def wkv7(
     return torch.stack(out, dim=1).squeeze(-1).to(r.dtype), state
 
 
-def _each_document(*args: Tensor | None) -> tuple[Tensor, Tensor]:
-    *inputs, initial_state, cu_seqlens = args
-    assert cu_seqlens is not None
-    bounds = cu_seqlens.tolist()
+def _each_document(
+    inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor
+) -> tuple[Tensor, Tensor]:
+    H, N = inputs[0].shape[2:]
     outputs, finals = [], []
-    for i, (start, end) in enumerate(zip(bounds, bounds[1:], strict=False)):
-        first = None if initial_state is None else initial_state[i : i + 1]
+    for i, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
+        first = inputs[0].new_zeros(1, H, N, N) if initial_state is None else initial_state[i : i + 1]
         if start == end:  # an empty document hands its state on
-            H, N = inputs[0].shape[2:]  # type: ignore[union-attr]
-            finals.append(inputs[0].new_zeros(1, H, N, N, dtype=torch.float32) if first is None else first)  # type: ignore[union-attr]
+            finals.append(first.to(torch.promote_types(inputs[0].dtype, torch.float32)))
             continue
-        y, final = wkv7(*(x[:, start:end] for x in inputs), first)  # type: ignore[index,arg-type]
+        r, w, k, v, kk, iclr = (x[:, start:end] for x in inputs)
+        y, final = wkv7(r, w, k, v, kk, iclr, first)
         outputs.append(y)
         finals.append(final)
     return torch.cat(outputs, dim=1), torch.cat(finals)

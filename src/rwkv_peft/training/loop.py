@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 
@@ -28,8 +29,8 @@ def train_loop(
 ) -> None:
     """Train until the last step, or until `stopped()`.
 
-    The loss of a step is the sum over its target tokens divided by their number, over all micro-batches and processes: how
-    the step is cut into micro-batches does not change it.
+    The loss of a step is the sum over its target tokens divided by their number, over all micro-batches and processes:
+    how the step is cut into micro-batches does not change it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
     tokens_seen = 0
@@ -60,7 +61,7 @@ def train_loop(
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise RwkvPeftError if the loss or the gradient is NaN or Inf; the parameters are then still those of the step before."""
+    """Raise RwkvPeftError if the loss or the gradient is NaN or Inf; the parameters are those of the step before."""
     for what, value in (("loss", loss), ("gradient", norm)):
-        if value != value or abs(value) == float("inf"):
+        if not math.isfinite(value):
             raise RwkvPeftError(f"step {step}: the {what} is {value}; try a lower --lr, or --precision fp32")

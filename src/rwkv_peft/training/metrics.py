@@ -35,7 +35,7 @@ class StepRecord:
 
 
 class Metrics:
-    """Shows and records the steps. The folder is made when the first step is done: a run that fails before leaves none."""
+    """Shows and records the steps. The folder is made when the first step is done: a run that fails before has none."""
 
     def __init__(self, folder: Path, config_text: str, total_steps: int, console: Console) -> None:
         self.folder, self.config_text, self.total_steps, self.console = folder, config_text, total_steps, console
@@ -108,10 +108,9 @@ def draw_losses(path: Path, losses: list[float]) -> None:
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="each step")
-    smooth, mean = [], losses[0]
-    for loss in losses:
-        mean += (loss - mean) * max(0.1, 1 / (len(smooth) + 1))
-        smooth.append(mean)
+    smooth = losses[:1]
+    for loss in losses[1:]:
+        smooth.append(smooth[-1] + (loss - smooth[-1]) * max(0.1, 1 / (len(smooth) + 1)))
     axes.plot(steps, smooth, color="#1f4e9c", linewidth=2, label="running mean")
     axes.grid(alpha=0.3)
     axes.legend()

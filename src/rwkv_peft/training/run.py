@@ -104,7 +104,8 @@ def describe(config: TrainConfig, model: Rwkv7, data: str, total: int) -> Iterat
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     number = str(model.dtype).removeprefix("torch.")
     yield f"model  {model.source}: RWKV-7, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
-    yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {number} on {model.like.device}, op {model.op.name}"
+    where = f"{number} on {model.like.device}, op {model.op.name}"
+    yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {where}"
     yield f"data   {data}"
     yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
 

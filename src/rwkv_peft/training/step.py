@@ -12,7 +12,7 @@ from ..ops.loss import next_token_loss
 def batch_loss(model: Rwkv7, batch: Batch, logit_penalty: float) -> tuple[Tensor, Tensor]:
     """Sums over the batch's target tokens of the cross-entropy and of the logit penalty.
 
-    Only the places that predict a target reach the head. Padding is on the right of every row, so that no token sees it.
+    Only the places that predict a target reach the head. Padding is on the right of every row: no token sees it.
     """
     device = model.like.device
     hidden, _ = model.hidden(batch.tokens.to(device, non_blocking=True))
