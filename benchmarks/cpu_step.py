@@ -49,7 +49,7 @@ def time_steps(model: Rwkv7, batch: Batch, repeats: int) -> float:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description="Time one training step with each operator.")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=1)
     parser.add_argument("--tokens", type=int, default=2048, help="of all rows together")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())

@@ -16,7 +16,7 @@ from torch import Tensor
 import rwkv_peft as rp
 from rwkv_peft.models import Rwkv7
 
-torch.set_num_threads(2)
+torch.set_num_threads(1)  # the models are so small that threads would only wait for one another
 
 
 def random_rwkv7(

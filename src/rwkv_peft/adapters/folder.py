@@ -18,11 +18,12 @@ from torch import Tensor, nn
 
 from ..checkpoint import check_finite, read_tensors, write_tensors
 from ..config import AdapterConfig
-from ..errors import CheckpointError, ConfigError
+from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import write_folder, write_text
 from .attach import ADAPTERS, adapted, attach_adapter
 
 FORMAT = 1
+FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "rwkv_peft.json")
 PREFIX = "base_model.model."  # PEFT's, before every name
 PEFT_NAMES = {"lora": "LORA"}
 
@@ -49,7 +50,8 @@ class AdapterFolder:
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
     """Write the model's adapter, and every other parameter that trains, as an adapter folder.
 
-    Raises ConfigError if the model has no adapter, OutputError if the folder cannot be written.
+    An adapter that is there already is replaced. Raises ConfigError if the model has no adapter, OutputError if the
+    folder holds something else or cannot be written.
     """
     folder = Path(folder)
     config = getattr(model, "adapter_config", None)
@@ -59,6 +61,9 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     tensors = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.trained().items()}
     parts = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in tensors}
     parts |= {n: model.get_parameter(n) for n in getattr(model, "adapter_parts", ())}
+    others = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
+    if others:
+        raise OutputError(f"{folder}: holds {others[0]}, which is no adapter's file; name a new folder")
     settings = peft_config(config, layers, getattr(model, "source", ""))
     ours = {"format": FORMAT, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts)}
 

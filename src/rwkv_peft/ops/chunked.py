@@ -204,7 +204,7 @@ def _input_gradients(
 
 def _to_chunks(x: Tensor, chunks: Chunks) -> Tensor:
     """(B,T,H,N) → (G,H,C,N), zero where there is no token."""
-    x = x.flatten(0, 1)[chunks.token].transpose(1, 2)
+    x = x.flatten(0, 1)[chunks.token].transpose(1, 2).contiguous()
     return x if chunks.empty is None else x.masked_fill(chunks.empty, 0.0)
 
 

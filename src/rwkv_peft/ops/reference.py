@@ -34,20 +34,16 @@ def wkv7(
     if cu_seqlens is not None:
         return _each_document((r, w, k, v, kk, iclr), initial_state, cu_seqlens)
     dtype = torch.promote_types(r.dtype, torch.float32)
-    B, T, H, N = r.shape
+    B, _, H, N = r.shape
     state = r.new_zeros(B, H, N, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    q, u, key, value, unit, rate = (x.to(dtype) for x in (r, w, k, v, kk, iclr))
-    decay = torch.exp(-torch.exp(u))
+    decay = torch.exp(-torch.exp(w.to(dtype)))
+    inputs = (r, decay, k, v, kk, kk.to(dtype) * iclr.to(dtype))
     out = []
-    for t in range(T):
-        removed = state @ unit[:, t, :, :, None]  # (B,H,N,1): what the state holds under this key
-        state = (
-            state * decay[:, t, :, None, :]
-            - removed * (unit * rate)[:, t, :, None, :]
-            + value[:, t, :, :, None] * key[:, t, :, None, :]
-        )
-        out.append(state @ q[:, t, :, :, None])
-    return torch.stack(out, dim=1).squeeze(-1).to(r.dtype), state
+    for r_t, decay_t, k_t, v_t, kk_t, b_t in zip(*(x.to(dtype).unbind(1) for x in inputs), strict=True):  # each (B,H,N)
+        removed = (state * kk_t[:, :, None]).sum(-1)  # S kk: what the state holds under this key
+        state = state * decay_t[:, :, None] - removed[..., None] * b_t[:, :, None] + v_t[..., None] * k_t[:, :, None]
+        out.append((state * r_t[:, :, None]).sum(-1))
+    return torch.stack(out, dim=1).to(r.dtype), state
 
 
 def _each_document(
