@@ -36,12 +36,12 @@ def wkv7(
     dtype = torch.promote_types(r.dtype, torch.float32)
     B, _, H, N = r.shape
     state = r.new_zeros(B, H, N, N, dtype=dtype) if initial_state is None else initial_state.to(dtype)
-    decay = torch.exp(-torch.exp(w.to(dtype)))
-    inputs = (r, decay, k, v, kk, kk.to(dtype) * iclr.to(dtype))
+    r_, w_, k_, v_, kk_, iclr_ = (x.to(dtype) for x in (r, w, k, v, kk, iclr))
+    inputs = (r_, torch.exp(-torch.exp(w_)), k_, v_, kk_, kk_ * iclr_)
     out = []
-    for r_t, decay_t, k_t, v_t, kk_t, b_t in zip(*(x.to(dtype).unbind(1) for x in inputs), strict=True):  # each (B,H,N)
+    for r_t, decay, k_t, v_t, kk_t, b_t in zip(*(x.unbind(1) for x in inputs), strict=True):  # each (B,H,N)
         removed = (state * kk_t[:, :, None]).sum(-1)  # S kk: what the state holds under this key
-        state = state * decay_t[:, :, None] - removed[..., None] * b_t[:, :, None] + v_t[..., None] * k_t[:, :, None]
+        state = state * decay[:, :, None] - removed[..., None] * b_t[:, :, None] + v_t[..., None] * k_t[:, :, None]
         out.append((state * r_t[:, :, None]).sum(-1))
     return torch.stack(out, dim=1).to(r.dtype), state
 
