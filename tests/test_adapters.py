@@ -21,7 +21,7 @@ from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import CheckpointError, ConfigError, OutputError
 from rwkv_peft.models import Rwkv7
 
-SIZES: dict[str, Any] = dict(layers=2, width=64, vocab_size=257, layer0_v=True)
+SIZES: dict[str, Any] = {"layers": 2, "width": 64, "vocab_size": 257, "layer0_v": True}
 TOKENS = random_tokens(257, 2, 20)
 CONFIGS = {
     "default": AdapterConfig(),
@@ -39,7 +39,7 @@ def disturb(model: nn.Module) -> nn.Module:
     with torch.no_grad():
         for p in model.parameters():
             if p.requires_grad:
-                p += 0.1 * torch.randn(p.shape, generator=generator)
+                p.add_(0.1 * torch.randn(p.shape, generator=generator))
     return model
 
 
@@ -75,7 +75,9 @@ def test_attached_names_and_what_trains(config: AdapterConfig, load: Callable[..
     assert all(n.endswith((".lora_A.weight", ".lora_B.weight")) for n in new)
     targets = config.targets or DEFAULT_TARGETS
     assert {n.split(".lora_")[0] for n in new} == {
-        n.removesuffix(".weight") for n in before if n.endswith(".weight") and n.removesuffix(".weight").endswith(targets)
+        n.removesuffix(".weight")
+        for n in before
+        if n.endswith(".weight") and n.removesuffix(".weight").endswith(targets)
     }
     assert all(p.shape[0 if "lora_A" in n else 1] == config.rank for n, p in parameters.items() if n in new)
     assert torch.equal(logits_of(model), logits)  # a new adapter changes nothing
@@ -106,7 +108,11 @@ def test_parts_that_train_beside(parts: list[str], load: Callable[..., Rwkv7]) -
 @pytest.mark.parametrize(
     ("config", "parts", "message"),
     [
-        (AdapterConfig(targets=("qkv",)), (), r"--targets qkv: no matrix ends in it; allowed are .*att\.key.*ffn\.value"),
+        (
+            AdapterConfig(targets=("qkv",)),
+            (),
+            r"--targets qkv: no matrix ends in it; allowed are .*att\.key.*ffn\.value",
+        ),
         (AdapterConfig(targets=("ey",)), (), "--targets ey: no matrix ends in it"),
         (AdapterConfig(), ("lm_head",), "--train-parts lm_head: allowed are time ln emb head"),
         (AdapterConfig(rank=0), (), "--rank 0: must be at least 1"),
@@ -142,7 +148,9 @@ def test_lora_is_its_formula() -> None:
     A, B = layer.lora_A.weight, layer.lora_B.weight
     want = base.weight + 7.5 / 3 * B @ A
     torch.testing.assert_close(layer(x), x @ want.T)
-    merged = LoraLinear.merged(base.weight, {n: p.detach() for n, p in layer.trained().items()}, AdapterConfig("lora", 3, 7.5))
+    merged = LoraLinear.merged(
+        base.weight, {n: p.detach() for n, p in layer.trained().items()}, AdapterConfig("lora", 3, 7.5)
+    )
     torch.testing.assert_close(merged, want)
 
 
@@ -266,10 +274,10 @@ def test_peft_loads_our_folder(
 @pytest.mark.parametrize(
     "settings",
     [
-        dict(target_modules=["receptance", "key"]),
-        dict(target_modules=r"blocks\.\d+\.ffn\.(key|value)"),
-        dict(target_modules=["att.value"], layers_to_transform=[1], layers_pattern="blocks"),
-        dict(target_modules=["att.key", "ffn.key"], exclude_modules=["blocks.0.ffn.key"]),
+        {"target_modules": ["receptance", "key"]},
+        {"target_modules": r"blocks\.\d+\.ffn\.(key|value)"},
+        {"target_modules": ["att.value"], "layers_to_transform": [1], "layers_pattern": "blocks"},
+        {"target_modules": ["att.key", "ffn.key"], "exclude_modules": ["blocks.0.ffn.key"]},
     ],
     ids=["names", "pattern", "one layer", "exclusion"],
 )
@@ -286,14 +294,16 @@ def test_a_folder_that_peft_wrote(
 
 
 @pytest.mark.parametrize(
-    "settings", [dict(use_rslora=True), dict(use_dora=True), dict(rank_pattern={"att.key": 3}), dict(bias="all")], ids=str
+    "settings",
+    [{"use_rslora": True}, {"use_dora": True}, {"rank_pattern": {"att.key": 3}}, {"bias": "all"}],
+    ids=str,
 )
 def test_what_peft_has_and_we_have_not_is_refused(
     settings: dict[str, Any], load: Callable[..., Rwkv7], tmp_path: Path
 ) -> None:
     config = LoraConfig(r=6, target_modules=["att.key"], **settings)
     get_peft_model(load(**SIZES), config).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(CheckpointError, match=f"uses {next(iter(settings))}, which is not supported yet"):
+    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} is not supported yet"):
         rp.load_adapter(load(**SIZES), tmp_path / "a")
 
 
@@ -339,7 +349,9 @@ def test_merging_keeps_the_rest_of_a_bf16_base(
         assert torch.equal(merged[name], (base[name].float() + 2 * (B @ A)).bfloat16())
 
 
-@pytest.mark.parametrize(("dtype", "number"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "number"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 def test_merging_into_another_number_format(
     dtype: str, number: torch.dtype, tuned: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
@@ -372,11 +384,11 @@ def foreign(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (dict(seed=1), "was trained on a base with other weights"),
-        (dict(layers=1), "was trained on a base with other weights"),
-        (dict(layers=1, foreign=True), r"adapts blocks\.1\.\S+, which"),
-        (dict(width=128, foreign=True), "does not fit"),
-        (dict(ffn=100, foreign=True), r"ffn\.\S+ .*does not fit"),
+        ({"seed": 1}, "was trained on a base with other weights"),
+        ({"layers": 1}, "was trained on a base with other weights"),
+        ({"layers": 1, "foreign": True}, r"adapts blocks\.1\.\S+, which"),
+        ({"width": 128, "foreign": True}, "does not fit"),
+        ({"ffn": 100, "foreign": True}, r"ffn\.\S+ .*does not fit"),
     ],
     ids=str,
 )
@@ -414,7 +426,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "broken JSON": (lambda a: (a / "adapter_config.json").write_text("{"), r"adapter_config\.json: cannot be read"),
     "JSON list": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds no object"),
     "no rank": (lambda a: edit_json(a / "adapter_config.json", r=None), "is missing or out of range"),
-    "other method": (lambda a: edit_json(a / "adapter_config.json", peft_type="VERA"), "holds a VERA adapter"),
+    "other method": (lambda a: edit_json(a / "adapter_config.json", peft_type="VERA"), "holds an adapter of type VERA"),
     "newer format": (lambda a: edit_json(a / "rwkv_peft.json", format=2), "has format 2; this program reads 1"),
     "other rank": (lambda a: edit_json(a / "adapter_config.json", r=5), "does not fit"),
     "half a pair": (
@@ -422,7 +434,9 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
         r"blocks\.0\.att\.key\.lora_B\.weight",
     ),
     "stray tensor": (
-        lambda a: edit_tensors(a / "adapter_model.safetensors", lambda w: w.update({f"{FIRST}C.weight": torch.zeros(2)})),
+        lambda a: edit_tensors(
+            a / "adapter_model.safetensors", lambda w: w.update({f"{FIRST}C.weight": torch.zeros(2)})
+        ),
         r"blocks\.0\.att\.key\.lora_C\.weight",
     ),
     "no prefix": (

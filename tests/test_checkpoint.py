@@ -61,7 +61,7 @@ def test_files_have_the_permissions_of_any_new_file(form: str, tmp_path: Path) -
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("layer0_v", [True, False])
 def test_every_form_gives_the_same_model(form: str, layer0_v: bool, tmp_path: Path) -> None:
-    sizes = dict(layers=3, width=128, ranks=(5, 7, 3, 11), ffn=200, vocab_size=300)
+    sizes = {"layers": 3, "width": 128, "ranks": (5, 7, 3, 11), "ffn": 200, "vocab_size": 300}
     tensors = random_rwkv7(layer0_v=layer0_v, **sizes)
     write_tensors(tmp_path / f"m{form}", tensors)
     model = load_model(tmp_path / f"m{form}")
@@ -80,9 +80,13 @@ def test_a_model_outlives_its_file(tmp_path: Path) -> None:
     assert torch.equal(model.emb.weight, tensors["emb.weight"])
 
 
-@pytest.mark.parametrize(("dtype", "number"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)])
+@pytest.mark.parametrize(
+    ("dtype", "number"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
+)
 @pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
-def test_weights_are_cast(dtype: str, number: torch.dtype, stored: torch.dtype, model_file: Callable[..., Path]) -> None:
+def test_weights_are_cast(
+    dtype: str, number: torch.dtype, stored: torch.dtype, model_file: Callable[..., Path]
+) -> None:
     tensors = random_rwkv7(dtype=stored)
     model = load_model(model_file(dtype=stored), dtype)
     assert model.dtype == number
@@ -95,7 +99,7 @@ def test_weights_are_cast(dtype: str, number: torch.dtype, stored: torch.dtype, 
         (lambda w: w.pop("blocks.1.att.w2"), r"tensor blocks\.1\.att\.w2 is missing"),
         (lambda w: w.pop("emb.weight"), r"tensor emb\.weight is missing"),
         (lambda w: w.update({"head.weight": w["head.weight"][:-1]}), r"tensor head\.weight has shape \(256, 64\)"),
-        (lambda w: w.update({"blocks.1.att.w1": w["blocks.1.att.w1"][:, :-1]}), r"blocks\.1\.att\.w1 has shape \(64, 7\)"),
+        (lambda w: w.update({"blocks.1.att.w1": w["blocks.1.att.w1"][:, :-1]}), r"att\.w1 has shape \(64, 7\)"),
         (lambda w: w.update({"blocks.0.qkv.x": torch.zeros(1)}), r"holds 1 tensors .* blocks\.0\.qkv\.x"),
         (lambda w: w["ln_out.bias"].fill_(float("nan")), r"tensor ln_out\.bias holds 64 NaN or Inf of 64"),
         (lambda w: w["blocks.0.ffn.key.weight"][3].fill_(float("inf")), r"ffn\.key\.weight holds 64 NaN or Inf"),
@@ -229,7 +233,9 @@ def test_state_file_is_the_official_form(tmp_path: Path) -> None:
     assert same(found, {f"blocks.{i}.att.time_state": state.wkv[i, 0] for i in range(3)})
 
 
-def test_state_is_pypi_rwkvs_runtime_state(tmp_path: Path, model_file: Callable[..., Path], pypi_rwkv: PypiRwkv) -> None:
+def test_state_is_pypi_rwkvs_runtime_state(
+    tmp_path: Path, model_file: Callable[..., Path], pypi_rwkv: PypiRwkv
+) -> None:
     """One that it reached, saved in our file, continues in our model as in its own."""
     path, tokens = model_file(layers=3, width=128), random_tokens(257, 1, 30)
     want, *_ = pypi_rwkv(path, tokens[0].tolist())
@@ -274,12 +280,12 @@ def test_a_file_that_is_no_state(tensors: dict[str, Tensor], tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (dict(dtype="fp64"), "--dtype fp64: unknown; allowed are auto fp32 bf16 fp16"),
-        (dict(device="tpu"), "--device tpu: unknown"),
-        (dict(device="meta"), "--device meta: not supported"),
-        (dict(device="cuda:99"), r"--device cuda:99: torch sees \d GPUs"),
-        (dict(op="cudda"), "--op cudda: unknown"),
-        (dict(quant="nf4"), "--quant nf4: only none"),
+        ({"dtype": "fp64"}, "--dtype fp64: unknown; allowed are auto fp32 bf16 fp16"),
+        ({"device": "tpu"}, "--device tpu: unknown"),
+        ({"device": "meta"}, "--device meta: not supported"),
+        ({"device": "cuda:99"}, r"--device cuda:99: torch sees \d GPUs"),
+        ({"op": "cudda"}, "--op cudda: unknown"),
+        ({"quant": "nf4"}, "--quant nf4: only none"),
     ],
     ids=lambda value: str(value)[:20],
 )

@@ -21,22 +21,28 @@ from rwkv_peft.models import ModelState, Rwkv7
 from rwkv_peft.ops.loss import next_token_loss
 
 # layers, width, vocabulary, ranks of w a v g, head size, and what else is odd
-SMALL = dict(layers=2, width=64, vocab_size=257, ranks=(8, 8, 4, 16))
+SMALL = {"layers": 2, "width": 64, "vocab_size": 257, "ranks": (8, 8, 4, 16)}
 FILES: dict[str, dict[str, Any]] = {
-    "1 layer": dict(layers=1, width=64, vocab_size=257, ranks=(8, 8, 4, 16)),
-    "1 layer with v, rank 2": dict(layers=1, width=128, vocab_size=300, ranks=(2, 2, 2, 3), layer0_v=True),
+    "1 layer": {"layers": 1, "width": 64, "vocab_size": 257, "ranks": (8, 8, 4, 16)},
+    "1 layer with v, rank 2": {"layers": 1, "width": 128, "vocab_size": 300, "ranks": (2, 2, 2, 3), "layer0_v": True},
     "2 layers": SMALL,
-    "odd ranks": dict(layers=3, width=128, vocab_size=511, ranks=(5, 7, 3, 11)),
-    "with v": dict(layers=4, width=192, vocab_size=1000, ranks=(16, 24, 9, 40), layer0_v=True),
-    "bf16": dict(layers=2, width=256, vocab_size=4099, ranks=(32, 17, 8, 33), dtype=torch.bfloat16),
-    "bf16 with v, odd ffn": dict(
-        layers=3, width=64, vocab_size=258, ranks=(6, 10, 2, 14), dtype=torch.bfloat16, layer0_v=True, ffn=100
-    ),
-    "narrow ffn": dict(layers=2, width=128, vocab_size=400, ranks=(8, 8, 8, 8), ffn=96),
-    "wide": dict(layers=2, width=512, vocab_size=600, ranks=(33, 31, 15, 65)),
-    "6 layers": dict(layers=6, width=320, vocab_size=777, ranks=(20, 12, 10, 50), layer0_v=True),
-    "head size 32": dict(layers=2, width=96, vocab_size=257, ranks=(8, 8, 4, 16), head_size=32),
-    "World vocabulary": dict(layers=1, width=64, vocab_size=65536, ranks=(8, 8, 4, 16)),
+    "odd ranks": {"layers": 3, "width": 128, "vocab_size": 511, "ranks": (5, 7, 3, 11)},
+    "with v": {"layers": 4, "width": 192, "vocab_size": 1000, "ranks": (16, 24, 9, 40), "layer0_v": True},
+    "bf16": {"layers": 2, "width": 256, "vocab_size": 4099, "ranks": (32, 17, 8, 33), "dtype": torch.bfloat16},
+    "bf16 with v, odd ffn": {
+        "layers": 3,
+        "width": 64,
+        "vocab_size": 258,
+        "ranks": (6, 10, 2, 14),
+        "dtype": torch.bfloat16,
+        "layer0_v": True,
+        "ffn": 100,
+    },
+    "narrow ffn": {"layers": 2, "width": 128, "vocab_size": 400, "ranks": (8, 8, 8, 8), "ffn": 96},
+    "wide": {"layers": 2, "width": 512, "vocab_size": 600, "ranks": (33, 31, 15, 65)},
+    "6 layers": {"layers": 6, "width": 320, "vocab_size": 777, "ranks": (20, 12, 10, 50), "layer0_v": True},
+    "head size 32": {"layers": 2, "width": 96, "vocab_size": 257, "ranks": (8, 8, 4, 16), "head_size": 32},
+    "World vocabulary": {"layers": 1, "width": 64, "vocab_size": 65536, "ranks": (8, 8, 4, 16)},
 }
 TOLERANCE = 1e-4  # relative, of float32 against another program's float32
 T = 37
@@ -276,7 +282,9 @@ def test_gradient_checkpointing_keeps_less(load: Callable[..., Rwkv7]) -> None:
 
     def kept() -> int:
         sizes: dict[int, int] = {}
-        with torch.autograd.graph.saved_tensors_hooks(lambda t: (sizes.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t):
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda t: (sizes.update({t.data_ptr(): t.nbytes}), t)[1], lambda t: t
+        ):
             model(random_tokens(511, 1, 64))
         return sum(sizes.values())
 
@@ -311,7 +319,7 @@ def test_float64_is_float64_throughout(load: Callable[..., Rwkv7]) -> None:
         ends = []
         for sign in (1, -2):
             for n, p in parameters.items():
-                p += sign * direction[n]
+                p.add_(sign * direction[n])
             ends.append(float(loss()))
     assert abs((ends[0] - ends[1]) / 2 / slope - 1) < 1e-6
 

@@ -44,7 +44,9 @@ def results(
     y, final = wkv7(*leaves, initial, cu_seqlens)
     random = torch.Generator().manual_seed(3)
     weights = [torch.randn(x.shape, dtype=torch.float64, generator=random).bfloat16() for x in (y, final)]
-    total = sum((x * weight.to(x.dtype)).sum(dtype=torch.float64) for x, weight in zip((y, final), weights, strict=True))
+    total = sum(
+        (x * weight.to(x.dtype)).sum(dtype=torch.float64) for x, weight in zip((y, final), weights, strict=True)
+    )
     asked = leaves if initial is None else [*leaves, initial]
     return dict(zip(RESULTS, [y.detach(), final.detach(), *torch.autograd.grad(total, asked)], strict=False))
 
@@ -76,7 +78,9 @@ def test_backend_is_the_recurrence_at_every_length(name: str, T: int, has_state:
 
 
 @backends
-@pytest.mark.parametrize(("B", "T", "H", "N"), [(1, 40, 1, 64), (3, 33, 2, 64), (1, 20, 1, 128), (2, 37, 5, 32), (1, 50, 2, 8)])
+@pytest.mark.parametrize(
+    ("B", "T", "H", "N"), [(1, 40, 1, 64), (3, 33, 2, 64), (1, 20, 1, 128), (2, 37, 5, 32), (1, 50, 2, 8)]
+)
 def test_backend_is_the_recurrence_at_every_shape(name: str, B: int, T: int, H: int, N: int) -> None:
     inputs, state = make_inputs(B, T, H, N), make_state(B, H, N)
     got = results(BACKENDS[name].wkv7, cast(inputs, torch.float32), state.float())
@@ -264,7 +268,7 @@ def test_loss_is_the_sum_of_cross_entropies() -> None:
     want = sum(torch.logsumexp(row, 0) - row[label] for row, label in zip(logits, labels, strict=True))
     got, penalty = next_token_loss(hidden, head, labels, 0.0)
     torch.testing.assert_close(got, want)
-    assert float(penalty) == 0
+    assert penalty.item() == 0
     assert got.dtype == penalty.dtype == torch.float32
     for x, y in zip(
         torch.autograd.grad(got, [hidden, head.weight], retain_graph=True),

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from .adapters import load_adapter
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
-from .data.tokenizer import Tokenizer, tokenizer_for
+from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .loading import load_model
 from .models import ModelState, Rwkv7
 
@@ -106,7 +106,7 @@ def generate(
 @torch.no_grad()
 def answer_all(model: Rwkv7, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """The likeliest continuation of each prompt up to the end token; all prompts at once, read as one packed row."""
-    encoded = [tokenizer.encode(prompt) for prompt in prompts]
+    encoded = [tokenizer.encode(prompt) or [tokenizer.end_token] for prompt in prompts]
     device = model.like.device
     bounds = torch.tensor([0, *(len(ids) for ids in encoded)]).cumsum(0)
     row = torch.tensor([[token for ids in encoded for token in ids]], device=device)
@@ -121,7 +121,7 @@ def answer_all(model: Rwkv7, tokenizer: Tokenizer, prompts: Sequence[str], max_t
         if bool(done.all()):
             break
         last, state = model.hidden(token, state)
-    return [tokenizer.decode(ids) for ids in torch.cat(written, dim=1).tolist()]
+    return [_shown(tokenizer.decoder(), ids) for ids in torch.cat(written, dim=1).tolist()]
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
@@ -151,6 +151,11 @@ def run_generate(config: GenerateConfig) -> None:
         sys.stdout.write(piece)
         sys.stdout.flush()
     sys.stdout.write("\n")
+
+
+def _shown(decoder: StreamDecoder, ids: Sequence[int]) -> str:
+    """The text of ids that a model wrote; those that the vocabulary leaves unused are no reason to stop."""
+    return "".join(decoder.feed(token) for token in ids) + decoder.flush()
 
 
 def _overlap(text: str, stop: str) -> int:

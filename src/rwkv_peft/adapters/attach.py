@@ -13,7 +13,7 @@ from .base import AdaptedLinear
 from .lora import LoraLinear
 from .trainable import freeze, make_trainable, part_names
 
-ADAPTERS: dict[str, type[LoraLinear]] = {"lora": LoraLinear}
+ADAPTERS: dict[str, type[AdaptedLinear]] = {"lora": LoraLinear}
 DEFAULT_TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 
 Model = TypeVar("Model", bound=nn.Module)

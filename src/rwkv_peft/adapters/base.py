@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
@@ -20,8 +20,10 @@ class AdaptedLinear(nn.Module):
 
     tensors: ClassVar[tuple[str, ...]]
     """Names of the trained tensors in this module, as the adapter folder has them."""
+    peft_type: ClassVar[str]
+    """PEFT's name of the method."""
 
-    def __init__(self, base: nn.Linear) -> None:
+    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
         super().__init__()
         self._parameters = base._parameters
         self._buffers = base._buffers
@@ -39,4 +41,14 @@ class AdaptedLinear(nn.Module):
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         """The dense weight (out, in), float32, of a base `weight` with the adapter's `tensors` added."""
+        raise NotImplementedError
+
+    @staticmethod
+    def to_peft(config: AdapterConfig) -> dict[str, Any]:
+        """The method's own entries of PEFT's `adapter_config.json`."""
+        raise NotImplementedError
+
+    @staticmethod
+    def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
+        """The settings, without targets, that PEFT's entries mean. Raises KeyError, TypeError or ValueError."""
         raise NotImplementedError

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,7 +25,6 @@ from .attach import ADAPTERS, adapted, attach_adapter
 FORMAT = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "rwkv_peft.json")
 PREFIX = "base_model.model."  # PEFT's, before every name
-PEFT_NAMES = {"lora": "LORA"}
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -42,9 +41,9 @@ class AdapterFolder:
     base: str
     """Fingerprint of the base; empty if the folder was not written by us."""
 
-    def of_module(self, name: str) -> dict[str, Tensor]:
+    def of_matrix(self, target: str) -> dict[str, Tensor]:
         """The adapter's tensors of one matrix, by their names within it."""
-        return {key[len(name) + 1 :]: value for key, value in self.tensors.items() if key.startswith(name + ".")}
+        return {name: self.tensors[f"{target}.{name}"] for name in ADAPTERS[self.config.peft].tensors}
 
 
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
@@ -117,13 +116,11 @@ def read_adapter(folder: Path | str) -> AdapterFolder:
     plain = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
     for name, tensor in {**plain, **parts}.items():
         check_finite(folder, name, tensor)
-    # PEFT can name its targets by a pattern, or leave layers out: the tensors tell which they are
-    targets = sorted({name.partition(".lora_")[0] for name in plain})
-    return AdapterFolder(_adapter_config(folder, settings, targets), plain, parts, ours.get("base", ""))
+    return AdapterFolder(_adapter_config(folder, settings, plain), plain, parts, ours.get("base", ""))
 
 
 def check_fit(folder: Path | str, saved: AdapterFolder, base: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the folder holds what its matrices need, and all of it fits a base of these shapes."""
+    """Raise CheckpointError unless the folder is complete and all of it fits a base of these shapes."""
     expected: dict[str, tuple[int, ...]] = {}
     for target in saved.config.targets:
         shape = base.get(f"{target}.weight", ())
@@ -142,46 +139,27 @@ def check_fit(folder: Path | str, saved: AdapterFolder, base: Mapping[str, tuple
             raise CheckpointError(f"{folder}: {name} {tuple(tensor.shape)} does not fit this base; name its own base")
 
 
-def peft_config(config: AdapterConfig, layers: Mapping[str, nn.Module], source: str) -> dict[str, Any]:
+def peft_config(config: AdapterConfig, matrices: Iterable[str], source: str) -> dict[str, Any]:
     """The settings as PEFT's `adapter_config.json` has them; the targets are the full names of the matrices."""
-    return {
-        "peft_type": PEFT_NAMES[config.peft],
-        "base_model_name_or_path": source,
-        "task_type": None,
-        "inference_mode": True,
-        "r": config.rank,
-        "lora_alpha": 2 * config.rank if config.alpha is None else config.alpha,
-        "lora_dropout": config.dropout,
-        "target_modules": sorted(layers),
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-    }
+    method = ADAPTERS[config.peft]
+    common = {"peft_type": method.peft_type, "base_model_name_or_path": source, "task_type": None}
+    return {**common, "inference_mode": True, "target_modules": sorted(matrices), **method.to_peft(config)}
 
 
-def _adapter_config(folder: Path, settings: Mapping[str, Any], targets: Sequence[str]) -> AdapterConfig:
-    method = next((ours for ours, peft in PEFT_NAMES.items() if peft == settings.get("peft_type")), None)
-    if method not in ADAPTERS:
-        raise CheckpointError(
-            f"{folder}: holds a {settings.get('peft_type')} adapter; allowed are {' '.join(PEFT_NAMES.values())}"
-        )
-    special = [key for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern") if settings.get(key)]
-    special += ["bias"] if settings.get("bias", "none") != "none" else []
-    if special:
-        raise CheckpointError(f"{folder}: uses {special[0]}, which is not supported yet")
+def _adapter_config(folder: Path, settings: Mapping[str, Any], tensors: Iterable[str]) -> AdapterConfig:
+    methods = {method.peft_type: method for method in ADAPTERS.values()}
+    method = methods.get(str(settings.get("peft_type")))
+    if method is None:
+        got, allowed = settings.get("peft_type"), " ".join(methods)
+        raise CheckpointError(f"{folder}: holds an adapter of type {got}; allowed are {allowed}")
+    # PEFT can name its targets by a pattern, or leave layers out: the tensors tell which they are
+    targets = {name.removesuffix(f".{own}") for name in tensors for own in method.tensors if name.endswith(f".{own}")}
     try:
-        config = AdapterConfig(
-            "lora",
-            int(settings["r"]),
-            float(settings["lora_alpha"]),
-            float(settings.get("lora_dropout", 0)),
-            tuple(targets),
-        )
+        config = dataclasses.replace(method.from_peft(settings), targets=tuple(sorted(targets)))
         config.check()
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(
-            f"{folder}/adapter_config.json: {error!r} is missing or out of range; copy the folder again"
-        ) from error
+        what = str(error) if isinstance(error, ValueError) else f"an entry is missing or out of range ({error})"
+        raise CheckpointError(f"{folder}/adapter_config.json: {what}; merge it with PEFT, or copy it again") from error
     return config
 
 

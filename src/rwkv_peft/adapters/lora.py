@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -17,9 +18,10 @@ class LoraLinear(AdaptedLinear):
     """y = W x + alpha/rank · B A x, with A (rank, in) random and B (out, rank) zero at first; both float32."""
 
     tensors = ("lora_A.weight", "lora_B.weight")
+    peft_type = "LORA"
 
     def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base)
+        super().__init__(base, config)
         device = base.weight.device
         self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, device=device, dtype=torch.float32)
         self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, device=device, dtype=torch.float32)
@@ -36,6 +38,27 @@ class LoraLinear(AdaptedLinear):
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         A, B = (tensors[name].float() for name in LoraLinear.tensors)
         return torch.addmm(weight.float(), B, A, alpha=scale_of(config))
+
+    @staticmethod
+    def to_peft(config: AdapterConfig) -> dict[str, Any]:
+        return {
+            "r": config.rank,
+            "lora_alpha": scale_of(config) * config.rank,
+            "lora_dropout": config.dropout,
+            "bias": "none",
+            "fan_in_fan_out": False,
+            "init_lora_weights": True,
+        }
+
+    @staticmethod
+    def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
+        for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out"):
+            if settings.get(key):
+                raise ValueError(f"{key} is not supported yet")
+        if settings.get("bias", "none") != "none":
+            raise ValueError("bias is not supported yet")
+        dropout = float(settings.get("lora_dropout", 0))
+        return AdapterConfig("lora", int(settings["r"]), float(settings["lora_alpha"]), dropout)
 
 
 def scale_of(config: AdapterConfig) -> float:

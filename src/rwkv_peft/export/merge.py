@@ -56,5 +56,5 @@ def merge_tensors(base: dict[str, Tensor], adapter: AdapterFolder, folder: Path 
     merged = dict(base)
     for target in adapter.config.targets:
         name = f"{target}.weight"
-        merged[name] = ADAPTERS[adapter.config.peft].merged(base[name], adapter.of_module(target), adapter.config)
+        merged[name] = ADAPTERS[adapter.config.peft].merged(base[name], adapter.of_matrix(target), adapter.config)
     return merged | {name: part.float() for name, part in adapter.parts.items()}

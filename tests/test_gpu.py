@@ -1,0 +1,150 @@
+"""What a GPU computes, against the same on the CPU."""
+
+from __future__ import annotations
+
+import io
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import Tensor
+
+import rwkv_peft as rp
+from conftest import difference, random_rwkv7, random_tokens
+from rwkv_peft.checkpoint import read_tensors
+from rwkv_peft.ops import BACKENDS, reference
+from test_ops import DOCUMENTS, assert_same, cast, make_inputs, make_state, results
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
+
+SIZES: dict[str, Any] = {"layers": 3, "width": 256, "vocab_size": 257, "ranks": (32, 17, 8, 33)}
+backends = pytest.mark.parametrize(
+    "name", [n for n, b in BACKENDS.items() if b.supports(torch.device("cuda"), 64) is None]
+)
+
+
+def on_gpu(tensors: list[Tensor], dtype: torch.dtype) -> list[Tensor]:
+    return [x.to("cuda", dtype) for x in tensors]
+
+
+def on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
+    assert {x.device.type for x in found.values()} == {"cuda"}
+    return {name: x.cpu() for name, x in found.items()}
+
+
+@backends
+@pytest.mark.parametrize(
+    ("B", "T", "H", "N"), [(1, 1, 1, 64), (2, 17, 2, 64), (2, 100, 3, 64), (1, 63, 2, 32), (1, 40, 1, 128)]
+)
+def test_operator_in_float32(name: str, B: int, T: int, H: int, N: int) -> None:
+    if BACKENDS[name].supports(torch.device("cuda"), N):
+        pytest.skip(f"{name}: {BACKENDS[name].supports(torch.device('cuda'), N)}")
+    inputs, state = make_inputs(B, T, H, N), make_state(B, H, N)
+    got = results_on_gpu(name, inputs, state, torch.float32)
+    assert_same(got, results(reference.wkv7, inputs, state), 1e-4)
+
+
+@backends
+@pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
+def test_operator_with_documents(name: str, bounds: list[int]) -> None:
+    inputs, states = make_inputs(1, bounds[-1], 2, 64), make_state(len(bounds) - 1, 2, 64)
+    for place in ("cpu", "cuda"):  # offsets may lie on either
+        cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=place)
+        got = results_on_gpu(name, inputs, states, torch.float32, cu_seqlens)
+        assert_same(got, results(reference.wkv7, inputs, states, torch.tensor(bounds)), 1e-4)
+
+
+@backends
+@pytest.mark.parametrize("T", [16, 300])
+def test_operator_in_bf16(name: str, T: int) -> None:
+    """Within a few roundings of bf16, the final state more exactly."""
+    inputs, state = cast(make_inputs(2, T, 2, 64), torch.bfloat16), make_state(2, 2, 64).float()
+    got = results_on_gpu(name, inputs, state, torch.bfloat16)
+    want = results(reference.wkv7, cast(inputs, torch.float64), state.double())
+    errors = {n: float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want}
+    assert max(errors.values()) <= 6e-3, errors
+    assert got["final_state"].dtype == torch.float32
+
+
+def results_on_gpu(
+    name: str, inputs: list[Tensor], state: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None = None
+) -> dict[str, Tensor]:
+    """As `results`, which draws its random function on the CPU."""
+    wkv7 = BACKENDS[name].wkv7
+
+    def call(*args: Tensor) -> tuple[Tensor, Tensor]:
+        *rest, initial, bounds = args
+        y, final = wkv7(*on_gpu(rest, dtype), initial.to("cuda", torch.float32), bounds)
+        assert y.device.type == final.device.type == "cuda"
+        assert (y.dtype, final.dtype) == (dtype, torch.float32)
+        return y.cpu(), final.cpu()
+
+    return results(call, inputs, state, cu_seqlens)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
+def test_model_and_its_gradients(dtype: str, tolerance: float, model_file: Callable[..., Path]) -> None:
+    path, tokens = model_file(**SIZES), random_tokens(257, 2, 70)
+
+    def everything(device: str, dtype: str) -> dict[str, Tensor]:
+        model = rp.load_model(path, dtype, device)
+        logits, state = model(tokens.to(device))
+        logits.float().log_softmax(-1)[..., 7].sum().backward()
+        found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found |= {"logits": logits.detach(), "wkv": state.wkv.detach(), "shift": state.shift.detach()}
+        return {name: x.float().cpu() for name, x in found.items()}
+
+    got, want = everything("cuda", dtype), everything("cpu", "fp32")
+    assert got.keys() == want.keys()
+    errors = {n: float((got[n] - want[n]).norm() / want[n].norm()) for n in want}
+    assert max(errors.values()) <= tolerance, errors
+
+
+@pytest.mark.parametrize("grad_checkpoint", [False, True])
+def test_a_bf16_run(grad_checkpoint: bool, model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """`auto` is bf16 there; its losses are near the CPU's in float32."""
+    data = tmp_path / "data.jsonl"
+    data.write_text(
+        "".join(json.dumps({"prompt": f"{i}+1", "response": str(i + 1) * (i % 5 + 1)}) + "\n" for i in range(20))
+    )
+    config = rp.TrainConfig(
+        model_file(**SIZES), [data], tmp_path / "gpu", rank=8, max_steps=5, lr=1e-3, warmup_steps=0,
+        grad_checkpoint=grad_checkpoint,
+    )  # fmt: skip
+    result = rp.train(config, Console(file=io.StringIO()))
+    config.device, config.out = "cpu", tmp_path / "cpu"
+    want = rp.train(config, Console(file=io.StringIO()))
+    assert result.losses == pytest.approx(want.losses, rel=0.03)
+    records = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
+    assert all(record["vram_gib"] > 0 for record in records)
+    assert "bfloat16 on cuda" in (result.out / "log.txt").read_text()
+    tensors = read_tensors(result.result / "adapter_model.safetensors")
+    assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+def test_generating(model_file: Callable[..., Path]) -> None:
+    """Greedy text in float32 is the CPU's."""
+    path, byte = model_file(**SIZES), rp.Tokenizer.byte()
+    texts = [
+        "".join(rp.generate(rp.load_model(path, device=d), byte, "User: Hi", 20, temperature=0))
+        for d in ("cpu", "cuda")
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_an_adapter_trained_in_bf16_merges_as_on_the_cpu(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    model = rp.load_model(model_file(**SIZES), "bf16", "cuda")
+    rp.attach_adapter(model, rp.AdapterConfig(rank=4), ("ln",))
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(0.1 * torch.randn_like(p))
+    rp.save_adapter(model, tmp_path / "a")
+    merged = rp.load_model(rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth"))
+    tokens = random_tokens(257, 1, 30)
+    with torch.no_grad():
+        assert difference(model(tokens.cuda())[0].float().cpu(), merged(tokens)[0]) <= 0.05
+    assert merged.sizes.layers == len([n for n in random_rwkv7(**SIZES) if n.endswith("r_k")])

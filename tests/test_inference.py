@@ -1,0 +1,351 @@
+"""Generating: the same model token by token, and what of it is shown."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterator
+from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import rwkv_peft as rp
+from conftest import difference, random_tokens
+from rwkv_peft import chat_repl, inference
+from rwkv_peft.chat_repl import reply, run_chat
+from rwkv_peft.cli import main
+from rwkv_peft.config import AdapterConfig, ChatConfig, SamplingConfig
+from rwkv_peft.data.chat import render_chat, render_prompt
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.errors import ConfigError
+from rwkv_peft.inference import Session, StopTexts, answer_all, generate, sample
+from rwkv_peft.models import ModelState, Rwkv7
+
+BYTE = Tokenizer.byte()
+PROMPT = "User: Hi!\n\nAssistant:"
+END = BYTE.end_token
+
+
+def text(pieces: Iterator[str]) -> str:
+    return "".join(pieces)
+
+
+@torch.no_grad()
+def greedy_by_recomputation(model: Rwkv7, prompt: str, count: int) -> list[int]:
+    """The likeliest `count` tokens after `prompt`, up to the end token, each from the whole text anew."""
+    ids: list[int] = []
+    while len(ids) < count:
+        logits, _ = model(torch.tensor([(BYTE.encode(prompt) or [END]) + ids]))
+        token = int(logits[0, -1].argmax())
+        if token == END:
+            break
+        ids.append(token)
+    return ids
+
+
+def shown(ids: list[int]) -> str:
+    """What ids look like; those without a text as U+FFFD."""
+    return b"".join("\ufffd".encode() if i > 256 else BYTE.decode_bytes([i]) for i in ids).decode(errors="replace")
+
+
+# --- the tokens
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_is_the_argmax_of_the_whole_text(seed: int, load: Callable[..., Rwkv7]) -> None:
+    model = load(layers=3, width=128, seed=seed)
+    want = greedy_by_recomputation(model, PROMPT, 30)
+    assert len(set(want)) > 3
+    assert text(generate(model, BYTE, PROMPT, max_tokens=30, temperature=0)) == shown(want)
+
+
+def test_one_seed_one_text(load: Callable[..., Rwkv7]) -> None:
+    model = load()
+    texts = [text(generate(model, BYTE, PROMPT, 40, top_p=1.0, seed=seed)) for seed in (1, 1, 2, 3)]
+    assert texts[0] == texts[1]
+    assert len(set(texts)) == 3
+    without = {text(generate(model, BYTE, PROMPT, 40, top_p=1.0)) for _ in range(4)}
+    assert len(without) == 4
+
+
+def test_temperature_0_needs_no_seed(load: Callable[..., Rwkv7]) -> None:
+    model = load()
+    assert len({text(generate(model, BYTE, PROMPT, 30, temperature=0, seed=seed)) for seed in (None, 1, 2)}) == 1
+
+
+def test_max_tokens(load: Callable[..., Rwkv7], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(inference, "sample", lambda *args: BYTE.encode("a")[0])
+    assert text(generate(load(), BYTE, PROMPT, max_tokens=7)) == "a" * 7
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"max_tokens": 0}, "--max-tokens 0: must be at least 1"),
+        ({"temperature": -0.1}, r"--temperature -0\.1: must be at least 0"),
+        ({"top_p": 0.0}, r"--top-p 0\.0: must be above 0"),
+        ({"top_p": 1.1}, r"--top-p 1\.1: must be above 0 and at most 1"),
+    ],
+    ids=str,
+)
+def test_numbers_out_of_range(arguments: dict[str, Any], message: str, load: Callable[..., Rwkv7]) -> None:
+    with pytest.raises(ConfigError, match=message):  # at once, not when the first piece is asked for
+        generate(load(), BYTE, PROMPT, **arguments)
+
+
+def test_from_a_state(load: Callable[..., Rwkv7]) -> None:
+    """Which stays as it is: from there, the rest of the prompt goes on as the whole would."""
+    model, first = load(), "User: Hi!\n\n"
+    with torch.no_grad():
+        _, state = model(torch.tensor([BYTE.encode(first)]))
+    before = ModelState(state.wkv.clone(), state.shift.clone())
+    want = text(generate(model, BYTE, PROMPT, 20, temperature=0))
+    for _ in range(2):
+        assert text(generate(model, BYTE, PROMPT.removeprefix(first), 20, temperature=0, state=state)) == want
+    assert torch.equal(state.wkv, before.wkv)
+    assert torch.equal(state.shift, before.shift)
+    assert text(generate(model, BYTE, PROMPT.removeprefix(first), 20, temperature=0)) != want
+
+
+def test_an_empty_prompt_begins_a_document(load: Callable[..., Rwkv7]) -> None:
+    model = load()
+    with torch.no_grad():
+        want = int(model(torch.tensor([[END]]))[0][0, -1].argmax())
+    assert text(generate(model, BYTE, "", 1, temperature=0)) == shown([want])
+
+
+def test_generating_leaves_autograd_on(load: Callable[..., Rwkv7]) -> None:
+    for _ in generate(load(), BYTE, PROMPT, 3):
+        assert torch.is_grad_enabled()
+
+
+# --- sampling
+
+PROBABILITIES = torch.tensor([0.05, 0.5, 0.15, 0.3])
+
+
+@pytest.mark.parametrize(
+    ("top_p", "kept"),
+    [
+        (1e-9, {1}),
+        (0.49, {1}),
+        (0.51, {1, 3}),
+        (0.79, {1, 3}),
+        (0.81, {1, 2, 3}),
+        (0.96, {0, 1, 2, 3}),
+        (1.0, {0, 1, 2, 3}),
+    ],
+)
+def test_top_p_keeps_the_likeliest(top_p: float, kept: set[int]) -> None:
+    """In the proportions that they have among one another."""
+    random = torch.Generator().manual_seed(0)
+    draws = torch.tensor([sample(PROBABILITIES.double().log(), 1.0, top_p, random) for _ in range(3000)])
+    share = torch.bincount(draws, minlength=4) / len(draws)
+    assert set(draws.tolist()) == kept
+    want = torch.tensor([float(p) if i in kept else 0.0 for i, p in enumerate(PROBABILITIES)])
+    torch.testing.assert_close(share, want / want.sum(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0.5, 2.0])
+def test_temperature_sharpens_or_flattens(temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    draws = torch.tensor([sample(PROBABILITIES.log(), temperature, 1.0, random) for _ in range(3000)])
+    want = PROBABILITIES ** (1 / temperature)
+    share = torch.bincount(draws, minlength=4) / len(draws)
+    torch.testing.assert_close(share, want / want.sum(), atol=0.03, rtol=0)
+
+
+@pytest.mark.parametrize("temperature", [0, 1e-3])
+def test_without_temperature_the_likeliest(temperature: float) -> None:
+    random = torch.Generator().manual_seed(0)
+    assert {sample(PROBABILITIES.log() * 50, temperature, 1.0, random) for _ in range(50)} == {1}
+
+
+# --- what is shown
+
+
+@pytest.fixture
+def script(load: Callable[..., Rwkv7], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+    """The pieces shown of a model that writes just these tokens: `script(ids, stop=…)`."""
+    model = load(vocab_size=300)
+
+    def pieces(ids: list[int], **arguments: Any) -> list[str]:
+        left = iter(ids)
+        monkeypatch.setattr(inference, "sample", lambda *args: next(left))
+        return list(generate(model, BYTE, PROMPT, max_tokens=len(ids), **arguments))
+
+    return pieces
+
+
+@pytest.mark.parametrize(
+    ("written", "stop", "want"),
+    [
+        ("Hello\n\nUser: more", ["\n\nUser:"], "Hello"),
+        ("Hello\n\nUs all", ["\n\nUser:"], "Hello\n\nUs all"),
+        ("Hello\n\nUser", ["\n\nUser:"], "Hello\n\nUser"),  # the text ends within what may have been a stop
+        ("a\n\n\nUser: b", ["\n\nUser:"], "a\n"),
+        ("\n\nUser:", ["\n\nUser:"], ""),
+        ("one, two; three", [";", ","], "one"),
+        ("héé👍 stop", ["👍"], "héé"),
+        ("no stop", [""], "no stop"),
+        ("ababac", ["abac"], "ab"),
+    ],
+)
+def test_stop_texts_are_never_shown(written: str, stop: list[str], want: str, script: Callable[..., list[str]]) -> None:
+    """Byte by byte, so that the stop is split over tokens wherever it can be."""
+    assert "".join(script(BYTE.encode(written), stop=stop)) == want
+
+
+def test_text_is_shown_as_soon_as_it_cannot_be_a_stop(script: Callable[..., list[str]]) -> None:
+    pieces = [p for p in script(BYTE.encode("ab\nc\n\nd"), stop=["\n\nUser:"]) if p]
+    assert pieces == ["a", "b", "\nc", "\n\nd"]
+
+
+@given(st.text("ab\n", max_size=30), st.text("ab\n", min_size=1, max_size=4), st.lists(st.integers(0, 30)))
+def test_one_stop_text_wherever_the_text_is_split(written: str, stop: str, cuts: list[int]) -> None:
+    stops, out = StopTexts([stop]), ""
+    for start, end in pairwise([0, *sorted(min(c, len(written)) for c in cuts), len(written)]):
+        out += "".join(stops.feed(written[start:end]))
+        if stops.reached:
+            break
+    assert out + stops.rest() == written.partition(stop)[0]
+    assert stops.reached == (stop in written)
+
+
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
+def test_several_stop_texts(written: str, texts: list[str]) -> None:
+    stops, out = StopTexts(texts), ""
+    for character in written:
+        out += "".join(stops.feed(character))
+        if stops.reached:
+            break
+    out += stops.rest()
+    assert written.startswith(out)
+    assert not any(stop in out for stop in texts)
+    assert stops.reached or out == written
+
+
+def test_characters_are_shown_whole(script: Callable[..., list[str]]) -> None:
+    pieces = [p for p in script(BYTE.encode("aé我👍🏽z")) if p]
+    assert pieces == ["a", "é", "我", "👍", "🏽", "z"]
+
+
+@pytest.mark.parametrize(
+    ("ids", "want"),
+    [
+        (BYTE.encode("é")[:1], "\ufffd"),  # a character that is cut off
+        ([*BYTE.encode("é")[:1], *BYTE.encode("a")], "\ufffda"),
+        ([*BYTE.encode("a"), 299, *BYTE.encode("b")], "a\ufffdb"),  # an id that the vocabulary leaves unused
+        ([*BYTE.encode("ab"), END, *BYTE.encode("c")], "ab"),
+    ],
+)
+def test_tokens_that_are_no_text(ids: list[int], want: str, script: Callable[..., list[str]]) -> None:
+    assert "".join(script(ids)) == want
+
+
+# --- several prompts, adapters, files
+
+
+@pytest.mark.parametrize("vocab_size", [257, 512])
+def test_answers_of_all_are_each_alone(vocab_size: int, load: Callable[..., Rwkv7]) -> None:
+    """Prompts of unequal length, answers that end at unequal places; of 512 ids, half have no text."""
+    model = load(layers=3, width=128, vocab_size=vocab_size, seed=1)
+    with torch.no_grad():
+        model.head.weight[END] *= 3  # so that some answers end
+    prompts = ["a", "", "User: how are you today?\n\nAssistant:", "x" * 40, "?!", "End"]
+    want = [greedy_by_recomputation(model, prompt, 12) for prompt in prompts]
+    assert len({len(ids) for ids in want}) > 1
+    assert answer_all(model, BYTE, prompts, max_tokens=12) == [shown(ids) for ids in want]
+    assert [text(generate(model, BYTE, p, 12, temperature=0)) for p in prompts] == [shown(ids) for ids in want]
+
+
+def test_base_with_adapter_writes_as_the_merged_file(
+    load: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In Python and on the command line."""
+    model = rp.attach_adapter(load(), AdapterConfig(rank=4))
+    torch.manual_seed(0)
+    with torch.no_grad():
+        for p in (p for p in model.parameters() if p.requires_grad):
+            p.add_(0.2 * torch.randn_like(p))
+    rp.save_adapter(model, tmp_path / "a")
+    base = model_file()
+    merged = rp.merge(base, tmp_path / "a", tmp_path / "merged.safetensors")
+    texts = [text(generate(m, BYTE, PROMPT, 25, temperature=0)) for m in (model, rp.load_model(merged))]
+    assert texts[0] == texts[1] != text(generate(rp.load_model(base), BYTE, PROMPT, 25, temperature=0))
+    common = ["--prompt", "User: Hi!\\n\\nAssistant:", "--max-tokens", "25", "--temperature", "0", "--device", "cpu"]
+    for argv in (["--model", str(base), "--adapter", str(tmp_path / "a")], ["--model", str(merged)]):
+        assert main(["generate", *argv, *common]) == 0
+        assert capsys.readouterr().out == texts[0] + "\n"
+
+
+# --- chat
+
+
+@pytest.mark.parametrize(("tokenizer", "vocab_size"), [(BYTE, 257), (Tokenizer.world(), 65536)], ids=["byte", "world"])
+def test_chat_leaves_the_state_that_training_would_see(
+    tokenizer: Tokenizer,
+    vocab_size: int,
+    load: Callable[..., Rwkv7],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Each segment encoded by itself, without the stop text, of which the model wrote a part."""
+    model = load(layers=1, vocab_size=vocab_size)
+    turns = [("user", "How are you?"), ("assistant", "Fine, thanks."), ("user", "Bye"), ("assistant", "See you")]
+    answers = iter([f" {turns[1][1]} \n\nUser: I", f" {turns[3][1]}\n\nUser:"])
+    session, config = Session(model, tokenizer), ChatConfig(Path("m.pth"))
+    for i in (0, 2):
+        left = iter(tokenizer.encode(next(answers)))
+        monkeypatch.setattr(inference, "sample", lambda *args, left=left: next(left))
+        assert reply(session, render_prompt(turns[i : i + 1]), config).strip() == turns[i + 1][1]
+        assert capsys.readouterr().out.startswith(f"Assistant: {turns[i + 1][1]}")
+    segments = render_chat([*turns, ("user", "x"), ("assistant", "y")])[:4]
+    ids = [token for segment in segments for token in tokenizer.encode(segment.text)]
+    with torch.no_grad():
+        logits, want = model(torch.tensor([ids]))
+    assert session.state is not None and session.logits is not None
+    assert difference(session.state.wkv, want.wkv) <= 1e-5
+    assert difference(session.state.shift, want.shift) <= 1e-5
+    assert difference(session.logits, logits[0, -1]) <= 1e-5
+
+
+def test_chat_in_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system text before the first turn, and again after /reset; blank lines are nothing."""
+    lines, prompts = iter(["one", "", "  two ", "/reset", "three", "/exit", "never"]), []
+    session = SimpleNamespace(state="something")
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
+    monkeypatch.setattr(chat_repl, "reply", lambda s, prompt, config: prompts.append((prompt, s.state)))
+    run_chat(dataclasses.replace(ChatConfig(Path("m.pth")), system="Be brief."))
+    turn = "User: {}\n\nAssistant:".format
+    assert prompts == [
+        ("System: Be brief.\n\n" + turn("one"), "something"),
+        (turn("two"), "something"),
+        ("System: Be brief.\n\n" + turn("three"), None),
+    ]
+    assert "begun anew" in capsys.readouterr().out
+
+
+def test_chat_ends_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
+    def end(prompt: str) -> str:
+        raise EOFError
+
+    monkeypatch.setattr("builtins.input", end)
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: None)
+    run_chat(ChatConfig(Path("m.pth"), sampling=SamplingConfig()))
+
+
+def test_a_session_reads_in_pieces(load: Callable[..., Rwkv7]) -> None:
+    model, ids = load(), random_tokens(257, 30).tolist()
+    whole, pieces = Session(model, BYTE), Session(model, BYTE)
+    whole.read(ids)
+    for start, end in pairwise([0, 1, 14, 30]):
+        pieces.read(ids[start:end])
+    assert whole.logits is not None and pieces.logits is not None
+    assert difference(pieces.logits, whole.logits) <= 1e-5
