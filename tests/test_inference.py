@@ -217,11 +217,11 @@ def test_one_stop_text_wherever_the_text_is_split(written: str, stop: str, cuts:
     assert stops.reached == (stop in written)
 
 
-@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3))
-def test_several_stop_texts(written: str, texts: list[str]) -> None:
+@given(st.text("ab\n", max_size=30), st.lists(st.text("ab\n", min_size=1, max_size=4), max_size=3), st.integers(1, 30))
+def test_several_stop_texts(written: str, texts: list[str], size: int) -> None:
     stops, out = StopTexts(texts), ""
-    for character in written:
-        out += "".join(stops.feed(character))
+    for start in range(0, len(written), size):
+        out += "".join(stops.feed(written[start : start + size]))
         if stops.reached:
             break
     out += stops.rest()
