@@ -230,6 +230,12 @@ def test_several_stop_texts(written: str, texts: list[str], size: int) -> None:
     assert stops.reached or out == written
 
 
+def test_the_first_of_two_stop_texts_in_one_piece() -> None:
+    stops = StopTexts([";", ","])
+    assert list(stops.feed("one, two; three")) == ["one"]
+    assert stops.reached
+
+
 def test_characters_are_shown_whole(script: Callable[..., list[str]]) -> None:
     pieces = [p for p in script(BYTE.encode("aé我👍🏽z")) if p]
     assert pieces == ["a", "é", "我", "👍", "🏽", "z"]

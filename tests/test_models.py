@@ -138,14 +138,15 @@ def hf_model(tensors: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[str, bool
     return model, names
 
 
-@pytest.mark.parametrize(
-    "sizes",
-    [FILES[name] for name in ("1 layer", "odd ranks", "with v", "bf16 with v, odd ffn", "6 layers")],
-    ids=lambda sizes: f"{sizes['layers']}x{sizes['width']}",
-)
-def test_loss_and_every_gradient_are_rwkv7_hfs(sizes: dict[str, Any], load: Callable[..., Rwkv7]) -> None:
-    """Its head size is 64 here: for others its `ln_x` has another epsilon than the official one."""
-    tokens = random_tokens(sizes["vocab_size"], 2, T).clamp(min=1)  # it keeps token 0 from training
+@pytest.mark.parametrize("file", [n for n in FILES if n not in ("head size 32", "World vocabulary")])
+def test_loss_and_every_gradient_are_rwkv7_hfs(file: str, load: Callable[..., Rwkv7]) -> None:
+    """Its head size is 64 here: for others its `ln_x` has another epsilon than the official one.
+
+    The tokens are such that no document's first token has a key and a receptance at right angles: there, `ln_x` divides
+    by almost nothing, and both programs are 2e-4 away from float64.
+    """
+    sizes = FILES[file]
+    tokens = random_tokens(sizes["vocab_size"], 2, T, seed=4).clamp(min=1)  # it keeps token 0 from training
     other, names = hf_model(random_rwkv7(**sizes))
     want = other(input_ids=tokens, labels=tokens, use_cache=False)
     want.loss.backward()

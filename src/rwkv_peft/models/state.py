@@ -3,13 +3,32 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from .rwkv7 import Rwkv7
+
+class Sizes(Protocol):
+    """The sizes of a model that its state has too."""
+
+    @property
+    def layers(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def heads(self) -> int: ...
+    @property
+    def head_size(self) -> int: ...
+
+
+class Model(Protocol):
+    """A model of any version."""
+
+    like: Tensor
+
+    @property
+    def sizes(self) -> Sizes: ...
 
 
 @dataclass
@@ -25,7 +44,7 @@ class ModelState:
     """(L,2,B,D): the last input of each layer's time-mix and of its channel-mix."""
 
     @staticmethod
-    def zeros(model: Rwkv7, batch: int = 1) -> ModelState:
+    def zeros(model: Model, batch: int = 1) -> ModelState:
         """The state before any token, for `batch` rows, on the model's device."""
         s, like = model.sizes, model.like
         return ModelState(

@@ -101,17 +101,17 @@ class Metrics:
 
 
 def draw_losses(path: Path, losses: list[float]) -> None:
-    """The loss of each step, and its running mean, as a PNG."""
+    """The loss of each step, and the mean of the last twentieth of the run, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="each step")
-    smooth = losses[:1]
-    for loss in losses[1:]:
-        smooth.append(smooth[-1] + (loss - smooth[-1]) * max(0.1, 1 / (len(smooth) + 1)))
-    axes.plot(steps, smooth, color="#1f4e9c", linewidth=2, label="running mean")
+    window = 1 + len(losses) // 20
+    recent = [losses[max(0, step - window) : step] for step in steps]
+    means = [sum(values) / len(values) for values in recent]
+    axes.plot(steps, means, color="#1f4e9c", linewidth=2, label=f"mean of {window} steps")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")
