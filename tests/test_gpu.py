@@ -86,8 +86,11 @@ def results_on_gpu(
     return results(call, inputs, state, cu_seqlens)
 
 
-@pytest.mark.parametrize(("dtype", "tolerance"), [("fp32", 1e-4), ("bf16", 0.05)])
-def test_model_and_its_gradients(dtype: str, tolerance: float, model_file: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(("dtype", "tolerance", "of_gradients"), [("fp32", 1e-4, 1e-4), ("bf16", 0.03, 0.15)])
+def test_model_and_its_gradients(
+    dtype: str, tolerance: float, of_gradients: float, model_file: Callable[..., Path]
+) -> None:
+    """In bf16 as near as on a CPU, where a gradient in bf16 is up to 0.14 off."""
     path, tokens = model_file(**SIZES), random_tokens(257, 2, 70)
 
     def everything(device: str, dtype: str) -> dict[str, Tensor]:
@@ -101,7 +104,9 @@ def test_model_and_its_gradients(dtype: str, tolerance: float, model_file: Calla
     got, want = everything("cuda", dtype), everything("cpu", "fp32")
     assert got.keys() == want.keys()
     errors = {n: float((got[n] - want[n]).norm() / want[n].norm()) for n in want}
-    assert max(errors.values()) <= tolerance, errors
+    outputs = {n: errors.pop(n) for n in ("logits", "wkv", "shift")}
+    assert max(outputs.values()) <= tolerance, outputs
+    assert max(errors.values()) <= of_gradients, errors
 
 
 @pytest.mark.parametrize("grad_checkpoint", [False, True])

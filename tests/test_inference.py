@@ -213,7 +213,7 @@ def test_one_stop_text_wherever_the_text_is_split(written: str, stop: str, cuts:
         out += "".join(stops.feed(written[start:end]))
         if stops.reached:
             break
-    assert out + stops.rest() == written.partition(stop)[0]
+    assert out + stops.held == written.partition(stop)[0]
     assert stops.reached == (stop in written)
 
 
@@ -224,7 +224,7 @@ def test_several_stop_texts(written: str, texts: list[str], size: int) -> None:
         out += "".join(stops.feed(written[start : start + size]))
         if stops.reached:
             break
-    out += stops.rest()
+    out += stops.held
     assert written.startswith(out)
     assert not any(stop in out for stop in texts)
     assert stops.reached or out == written
@@ -305,11 +305,11 @@ def test_chat_leaves_the_state_that_training_would_see(
     model = load(layers=1, vocab_size=vocab_size)
     turns = [("user", "How are you?"), ("assistant", "Fine, thanks."), ("user", "Bye"), ("assistant", "See you")]
     answers = iter([f" {turns[1][1]} \n\nUser: I", f" {turns[3][1]}\n\nUser:"])
-    session, config = Session(model, tokenizer), ChatConfig(Path("m.pth"))
+    session, sampling = Session(model, tokenizer), SamplingConfig(stop=(chat_repl.STOP,))
     for i in (0, 2):
         left = iter(tokenizer.encode(next(answers)))
         monkeypatch.setattr(inference, "sample", lambda *args, left=left: next(left))
-        assert reply(session, render_prompt(turns[i : i + 1]), config).strip() == turns[i + 1][1]
+        assert reply(session, render_prompt(turns[i : i + 1]), sampling).strip() == turns[i + 1][1]
         assert capsys.readouterr().out.startswith(f"Assistant: {turns[i + 1][1]}")
     segments = render_chat([*turns, ("user", "x"), ("assistant", "y")])[:4]
     ids = [token for segment in segments for token in tokenizer.encode(segment.text)]

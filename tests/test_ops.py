@@ -311,4 +311,4 @@ def test_loss_of_bf16_is_summed_in_float32() -> None:
     hidden, head = hidden.detach().bfloat16(), head.bfloat16()
     got, _ = next_token_loss(hidden, head, labels, 0.0)
     want = F.cross_entropy(head(hidden).double(), labels, reduction="sum")
-    assert abs(float(got) / float(want) - 1) < 1e-5
+    assert got.item() == pytest.approx(want.item(), rel=1e-5)

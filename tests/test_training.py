@@ -22,12 +22,13 @@ from torch import Tensor
 
 import rwkv_peft as rp
 from conftest import difference, random_rwkv7
+from rwkv_peft.adapters.folder import read_adapter
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.data.masking import Encoded
 from rwkv_peft.data.sampling import Batch, Dataset, collate, load_dataset, step_batches
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError
+from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError, TrainingError
 from rwkv_peft.models import Rwkv7
 from rwkv_peft.training import loop
 from rwkv_peft.training.engine import SingleProcess
@@ -363,7 +364,7 @@ def test_bf16_is_near_float32(peft: Any, config: TrainConfig, tmp_path: Path) ->
 
 @pytest.mark.parametrize("where", ["loss", "gradient"])
 def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the third step; the parameters are then those of the second."""
+    """In the third step; the parameters are then those of the second, and are saved."""
     calls = []
 
     def poisoned(model: Rwkv7, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
@@ -378,8 +379,11 @@ def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.
     monkeypatch.setattr(loop, "batch_loss", poisoned)
     with pytest.raises(RwkvPeftError, match=rf"step 3: the {where} is (nan|inf); try a lower --lr") as caught:
         run(config, max_steps=5, logit_penalty=1.0)
-    assert type(caught.value) is RwkvPeftError
+    assert type(caught.value) is TrainingError
+    assert str(config.out / "adapter") in str(caught.value)
     assert all(torch.equal(p, calls[2][n]) for n, p in models[0].named_parameters() if n in calls[2])
+    saved = read_adapter(config.out / "adapter")
+    assert all(torch.equal(t, calls[2][n]) for n, t in {**saved.tensors, **saved.parts}.items())
     assert len((config.out / "metrics.jsonl").read_text().splitlines()) == 2
 
 

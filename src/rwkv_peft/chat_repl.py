@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 
-from .config import ChatConfig
+from .config import ChatConfig, SamplingConfig
 from .data.chat import render_prompt
 from .inference import Session, open_session
 
+STOP = "\n\nUser:"  # the model goes on with the other's turn
 HELP = "Type to talk; /reset begins anew, /exit or Ctrl-D ends."
 
 
 def run_chat(config: ChatConfig) -> None:
     """Read a line, answer it, and so on until the input ends."""
     session = open_session(config)
+    sampling = replace(config.sampling, stop=config.sampling.stop or (STOP,))
     print(HELP)
     first = True
     while (line := _ask()) is not None:
@@ -22,18 +25,16 @@ def run_chat(config: ChatConfig) -> None:
             print("(begun anew)")
         elif line:
             messages = [("system", config.system)] if first and config.system else []
-            reply(session, render_prompt([*messages, ("user", line)]), config)
+            reply(session, render_prompt([*messages, ("user", line)]), sampling)
             first = False
 
 
-def reply(session: Session, prompt: str, config: ChatConfig) -> str:
+def reply(session: Session, prompt: str, sampling: SamplingConfig) -> str:
     """Print the answer to `prompt`, and leave the session as if it had read both, as in training."""
     session.read(session.tokenizer.encode(prompt))
     before = session.state
     sys.stdout.write("Assistant:")
     pieces = []
-    sampling = config.sampling
-    sampling.stop = sampling.stop or ("\n\nUser:",)
     for piece in session.write(sampling):
         sys.stdout.write(piece)
         sys.stdout.flush()

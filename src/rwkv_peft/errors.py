@@ -19,5 +19,9 @@ class CheckpointError(RwkvPeftError, ValueError):
     """A model, adapter or state file that cannot be used; the message begins with its path."""
 
 
+class TrainingError(RwkvPeftError, ArithmeticError):
+    """Training that cannot go on; the parameters are those of the last whole step."""
+
+
 class OutputError(RwkvPeftError, OSError):
     """Something that could not be written; what was there before is untouched."""

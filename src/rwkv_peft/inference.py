@@ -47,7 +47,8 @@ class Session:
                 return
             self.read([token])
         yield from stops.feed(decoder.flush())
-        yield stops.rest()
+        if stops.held:
+            yield stops.held
 
 
 class StopTexts:
@@ -70,10 +71,6 @@ class StopTexts:
         if show:
             yield self.held[:show]
         self.held = "" if self.reached else self.held[show:]
-
-    def rest(self) -> str:
-        """What was held back, at the end of the text."""
-        return self.held
 
 
 def generate(

@@ -10,7 +10,7 @@ import torch
 
 from ..config import TrainConfig
 from ..data.sampling import Dataset, step_batches
-from ..errors import RwkvPeftError
+from ..errors import TrainingError
 from ..models import Rwkv7
 from .engine import SingleProcess
 from .metrics import Metrics, StepRecord
@@ -61,7 +61,7 @@ def train_loop(
 
 
 def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise RwkvPeftError if the loss or the gradient is NaN or Inf; the parameters are those of the step before."""
+    """Raise TrainingError if the loss or the gradient is NaN or Inf; the parameters are those of the step before."""
     for what, value in (("loss", loss), ("gradient", norm)):
         if not math.isfinite(value):
-            raise RwkvPeftError(f"step {step}: the {what} is {value}; try a lower --lr, or --precision fp32")
+            raise TrainingError(f"step {step}: the {what} is {value}; try a lower --lr, or --precision fp32")

@@ -20,7 +20,7 @@ from ..checkpoint import read_tensors, write_tensors
 from ..config import TrainConfig
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
-from ..errors import ConfigError, OutputError
+from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import load_model
 from ..models import Rwkv7
 from ..yaml_config import to_yaml
@@ -46,7 +46,8 @@ class RunResult:
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     """Fine-tune as `config` says, and write the run's folder.
 
-    Raises ConfigError, CheckpointError or DataError before anything is written; OutputError if the disk fails.
+    Raises ConfigError, CheckpointError or DataError before anything is written; TrainingError if the loss or a gradient
+    is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
     out = Path(config.out)
@@ -61,8 +62,15 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     metrics = Metrics(out, to_yaml(config), total, console or Console())
     for line in describe(config, model, data.summary(), total):
         metrics.say(line)
-    with interruption() as stopped, metrics.progress:
-        train_loop(config, model, data, optimizer, SingleProcess(), metrics, stopped)
+    try:
+        with interruption() as stopped, metrics.progress:
+            train_loop(config, model, data, optimizer, SingleProcess(), metrics, stopped)
+    except TrainingError as error:
+        if not metrics.records:
+            raise
+        metrics.finish()
+        saved = save(model, config, out)
+        raise TrainingError(f"{error}; what was trained until then is in {saved}") from error
     metrics.finish()
     result = save(model, config, out)
     interrupted = stopped()
