@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import fields, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -404,35 +405,41 @@ def test_too_little_room_is_seen_before_the_run(
     assert not (tmp_path / "out").exists()
 
 
-@pytest.fixture
-def largest_file() -> Iterator[Callable[[int], None]]:
-    """Lets no file grow beyond some bytes, so that a write fails in the middle, as on a full disk."""
+@contextmanager
+def largest_file(size: int) -> Iterator[None]:
+    """Lets no file grow beyond `size` bytes, so that a write fails in the middle, as on a full disk.
+
+    For the command alone: what pytest prints may go to a file too.
+    """
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 def test_a_write_that_fails_at_the_first_step_leaves_nothing(
     command: list[str],
     tmp_path: Path,
-    largest_file: Callable[[int], None],
     failure: Callable[[list[str]], str],
 ) -> None:
-    largest_file(100)
-    assert re.search(r"out\S*: cannot be written", failure(command))
+    with largest_file(100):
+        message = failure(command)
+    assert re.search(r"out\S*: cannot be written", message)
     assert not (tmp_path / "out").exists()
 
 
 def test_a_write_that_fails_at_the_end_leaves_no_half_adapter(
     command: list[str],
     tmp_path: Path,
-    largest_file: Callable[[int], None],
     failure: Callable[[list[str]], str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("rwkv_peft.training.metrics.draw_losses", lambda path, losses: path.write_bytes(b"png"))
-    largest_file(4000)  # room for the metrics, not for the adapter
-    assert re.search(r"adapter\S*: cannot be written", failure(command))
+    with largest_file(4000):  # room for the metrics, not for the adapter
+        message = failure(command)
+    assert re.search(r"adapter\S*: cannot be written", message)
     left = {path.name for path in (tmp_path / "out").rglob("*") if path.is_file()}
     assert left == {"config.yaml", "log.txt", "loss.png", "metrics.jsonl"}
 
