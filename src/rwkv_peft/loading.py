@@ -45,6 +45,11 @@ def load_model(
     return model.eval()
 
 
+def read_sizes(path: Path | str) -> Rwkv7Sizes:
+    """The sizes of the model in a file, from its header alone. Raises CheckpointError as `load_model` does."""
+    return check_model(path, read_tensors(path))[1]
+
+
 def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[Rwkv7], Rwkv7Sizes]:
     """The class and the sizes of the model that `tensors` are.
 

@@ -40,6 +40,8 @@ class Documents:
     """Where documents begin and end, for the token shift: B rows of T tokens, or one row that holds S documents."""
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
+        if tokens.ndim != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens {tuple(tokens.shape)}: must be (B,T) with T at least 1")
         self.cu_seqlens = cu_seqlens
         if cu_seqlens is None:
             self.count = tokens.shape[0]

@@ -52,7 +52,7 @@ class Rwkv7Sizes:
     @staticmethod
     def of(shapes: Shapes) -> Rwkv7Sizes:
         """The sizes of the model whose tensors have these shapes. Raises CheckpointError if one is missing."""
-        layers = 1 + max((int(m[1]) for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))), default=0)
+        layers = len({m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
         vocab_size, width = _shape(shapes, "emb.weight", 2)
         heads, head_size = _shape(shapes, "blocks.0.att.r_k", 2)
         if heads * head_size != width:
@@ -223,7 +223,7 @@ def _vector(*shape: int) -> nn.Parameter:
 
 def _shape(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
     if name not in shapes:
-        raise CheckpointError(f"tensor {name} is missing")
-    if len(shapes[name]) != axes:
-        raise CheckpointError(f"tensor {name} has shape {shapes[name]}; it should have {axes} axes")
+        raise CheckpointError(f"tensor {name} is missing; get the file again")
+    if len(shapes[name]) != axes or 0 in shapes[name]:
+        raise CheckpointError(f"tensor {name} has shape {shapes[name]}; it should have {axes} axes; get the file again")
     return shapes[name]

@@ -21,7 +21,7 @@ from ..config import TrainConfig
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
-from ..loading import load_model
+from ..loading import load_model, read_sizes
 from ..models import Rwkv7
 from ..yaml_config import to_yaml
 from .engine import SingleProcess
@@ -50,14 +50,14 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
-    out = Path(config.out)
+    out = config.out
     check_out(out)
+    sizes = read_sizes(config.model)
+    data = load_dataset(config, tokenizer_for(config.tokenizer, sizes.vocab_size))
     model = load_model(config.model, config.precision, config.device, config.op)
-    tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
-    data = load_dataset(config, tokenizer)
     prepare(model, config)
-    total = config.max_steps or steps_of(config, data)
     check_space(out, model)
+    total = config.max_steps or steps_of(config, data)
     optimizer = build_optimizer(model, config)
     metrics = Metrics(out, to_yaml(config), total, console or Console())
     for line in describe(config, model, data.summary(), total):
