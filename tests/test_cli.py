@@ -516,3 +516,8 @@ def test_a_character_that_the_terminal_lacks() -> None:
 
 def test_the_python_door_takes_text_for_paths() -> None:
     assert TrainConfig(model="m.pth", data=["d.jsonl"], out="o") == TrainConfig(*needed())  # type: ignore[arg-type]
+
+
+def test_the_python_door_takes_one_value_for_several() -> None:
+    config = TrainConfig("m.pth", "d.jsonl", "o", targets="att.key", train_parts=["none"])  # type: ignore[arg-type]
+    assert (config.data, config.targets, config.parts()) == ([Path("d.jsonl")], ("att.key",), ())

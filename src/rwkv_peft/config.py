@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from .errors import ConfigError
 
@@ -40,6 +40,9 @@ class AdapterConfig:
     """Probability of zeroing an input of the adapter while training, from 0 to below 1."""
     targets: tuple[str, ...] = ()
     """Matrices to adapt, by the end of their name, e.g. `att.key` or `key`. [all matrices of att and ffn]"""
+
+    def __post_init__(self) -> None:
+        self.targets = words(self.targets)
 
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range."""
@@ -121,12 +124,13 @@ class TrainConfig:
 
     def __post_init__(self) -> None:
         self.model, self.out = Path(self.model), Path(self.out)
-        paths: object = self.data  # Python callers may give one path, or text
-        self.data = [Path(paths)] if isinstance(paths, str | Path) else [Path(path) for path in self.data]
+        self.data = [Path(path) for path in words(self.data)]
+        self.targets, self.train_parts = words(self.targets), words(self.train_parts)
 
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range or two settings contradict each other."""
         self.adapter().check()
+        self.parts()
         for flag, value in (
             ("--ctx-len", self.ctx_len), ("--micro-batch", self.micro_batch), ("--grad-accum", self.grad_accum),
         ):  # fmt: skip
@@ -150,12 +154,10 @@ class TrainConfig:
 
     def parts(self) -> tuple[str, ...]:
         """The trainable parts asked for, with `none` resolved. Raises `ConfigError` on an unknown name."""
-        if self.train_parts == ("none",):
-            return ()
-        for part in self.train_parts:
-            if part not in TRAIN_PARTS:
-                raise ConfigError(f"--train-parts {part}: allowed are {' '.join(TRAIN_PARTS)}, or none alone")
-        return tuple(self.train_parts)
+        parts = () if self.train_parts == ("none",) else self.train_parts
+        for part in parts:
+            check_part(part)
+        return parts
 
     def adapter(self) -> AdapterConfig:
         """The adapter's settings as `attach_adapter` takes them."""
@@ -243,6 +245,17 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of the run; an earlier demo in it is replaced."""
+
+
+def check_part(part: str) -> None:
+    """Raise `ConfigError` if no part of a model is called so."""
+    if part not in TRAIN_PARTS:
+        raise ConfigError(f"--train-parts {part}: allowed are {' '.join(TRAIN_PARTS)}, or none alone")
+
+
+def words(value: Any) -> tuple[Any, ...]:
+    """Several values, of which Python callers may give just one."""
+    return (value,) if isinstance(value, str | Path) else tuple(value)
 
 
 def at_least(flag: str, value: int, least: int, remedy: str) -> None:

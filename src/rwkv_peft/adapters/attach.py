@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, words
 from ..errors import ConfigError
 from .base import AdaptedLinear
 from .lora import LoraLinear
@@ -30,7 +30,7 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     if any(adapted(model)):
         raise ConfigError("the model has an adapter already; load the model anew")
     targets = find_targets(model, config.targets or DEFAULT_TARGETS)
-    parts = [name for part in train_parts for name in part_names(model, part)]
+    parts = [name for part in words(train_parts) for name in part_names(model, part)]
     freeze(model)
     for name in targets:
         owner, _, leaf = name.rpartition(".")

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 from torch import nn
 
-from ..config import TRAIN_PARTS
+from ..config import check_part
 from ..errors import ConfigError
 
 
@@ -27,8 +27,7 @@ def make_trainable(model: nn.Module, names: Iterable[str]) -> None:
 
 def part_names(model: nn.Module, part: str) -> list[str]:
     """Names of the parameters of a part. Raises ConfigError if the part is unknown, or the model has none of it."""
-    if part not in TRAIN_PARTS:
-        raise ConfigError(f"--train-parts {part}: allowed are {' '.join(TRAIN_PARTS)}, or none alone")
+    check_part(part)
     names = [
         f"{path}.{name}"
         for path, module in model.named_modules()
