@@ -88,7 +88,7 @@ def load_adapter(model: Model, folder: Path | str) -> Model:
     attach_adapter(model, saved.config)
     for name, value in {**saved.tensors, **saved.parts}.items():
         parameter = model.get_parameter(name)
-        parameter.data = value.to(parameter.device)
+        parameter.data = value.to(parameter.device, torch.float32)
     model.adapter_parts = tuple(saved.parts)  # type: ignore[assignment]
     return model
 

@@ -28,9 +28,9 @@ class Chunks(NamedTuple):
     So the chunks of one serial step lie side by side and belong to the first documents.
     """
 
-    token: Tensor  # (G,C) index of the token in the flattened (B*T), 0 where there is none
+    token: Tensor  # (G,H,C) index of each place's row in the flattened (B*T*H), 0 where there is no token
     empty: Tensor | None  # (G,1,C,1) True where there is no token; None if every place holds one
-    place: Tensor  # (B*T,) index of the place in the flattened (G*C)
+    place: Tensor  # (B*T*H,) index of each row's place in the flattened (G*H*C)
     order: Tensor  # (S,) documents, longest first
     active: list[int]  # documents that have a j-th chunk, for each serial step j
 
@@ -51,7 +51,7 @@ def wkv7(
         return reference.wkv7(r, w, k, v, kk, iclr, initial_state)
     bounds = [i * T for i in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
     longest = max(end - start for start, end in pairwise(bounds))
-    chunks = cut(bounds, min(CHUNK, longest), r.device)
+    chunks = cut(bounds, H, min(CHUNK, longest), r.device)
     if initial_state is None:
         initial_state = r.new_zeros(len(bounds) - 1, H, N, N, dtype=torch.promote_types(r.dtype, torch.float32))
     y, final_state = _Wkv7.apply(  # type: ignore[no-untyped-call]
@@ -60,35 +60,36 @@ def wkv7(
     return y, final_state
 
 
-def cut(bounds: list[int], length: int, device: torch.device) -> Chunks:
+def cut(bounds: list[int], heads: int, length: int, device: torch.device) -> Chunks:
     """Places for the tokens of documents with the given `bounds`, in chunks of `length`."""
     starts = torch.tensor(bounds[:-1])
     sizes = torch.tensor(bounds[1:]) - starts
     order = sizes.argsort(descending=True, stable=True)
     count = (sizes[order] + length - 1) // length  # chunks of each document
     step = torch.arange(int(count[0]))
-    rank = torch.arange(len(order)).expand(len(step), -1)  # (steps, S)
-    exists = step[:, None] < count
-    first = (step[:, None] * length)[..., None] + torch.arange(length)  # (steps, 1, C)
-    token = (starts[order][rank][..., None] + first)[exists]  # (G, C)
-    full = (first < sizes[order][None, :, None])[exists]
-    place = torch.empty(bounds[-1], dtype=torch.long)
-    place[token[full]] = full.flatten().nonzero().squeeze(1)
+    exists = step[:, None] < count  # (steps, S)
+    within = (step[:, None] * length)[..., None] + torch.arange(length)  # (steps, 1, C) place in the document
+    full = (within < sizes[order][:, None])[exists]  # (G, C)
+    token = (starts[order][:, None] + within)[exists].masked_fill(~full, 0)
+    rows = token[:, None] * heads + torch.arange(heads)[:, None]  # (G, H, C)
+    filled = full[:, None].expand_as(rows)
+    place = torch.empty(bounds[-1] * heads, dtype=torch.long)
+    place[rows[filled]] = filled.flatten().nonzero().squeeze(1)
     empty = None if bool(full.all()) else ~full[:, None, :, None].to(device)
-    token = token.masked_fill(~full, 0)
-    return Chunks(token.to(device), empty, place.to(device), order.to(device), exists.sum(1).tolist())
+    return Chunks(rows.to(device), empty, place.to(device), order.to(device), exists.sum(1).tolist())
 
 
 class _Local(NamedTuple):
-    """What a chunk computes without knowing the state; each (G,H,·,·)."""
+    """What a chunk computes without knowing the state; each (G,H,·,·). Two kinds of rows are stacked, C over C."""
 
-    rows: tuple[Tensor, ...]  # r·P, k/P, v, a·P_before, b/P: (C,N)
+    raw: tuple[Tensor, ...]  # r w k v kk iclr: (C,N)
+    log_decay: Tensor  # (C,N)
     log_p: Tensor  # (C,N) log P
     end: Tensor  # (1,N) P of the chunk's last token
-    inverse: Tensor  # (C,C) of I - A_ab
-    A_ak: Tensor
-    A_rb: Tensor
-    A_rk: Tensor
+    q: Tensor  # (2C,N): a·P_before over r·P, what reads the state
+    g: Tensor  # (2C,N): b/P over k/P, what is written to it
+    pairs: Tensor  # (2C,2C) q gᵀ where the reader comes after the writer; r also reads its own token
+    inverse: Tensor  # (C,C) of I - pairs of a and b
 
 
 class _Wkv7(torch.autograd.Function):
@@ -96,14 +97,14 @@ class _Wkv7(torch.autograd.Function):
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
         *inputs, initial_state, chunks = args
         local = _local(inputs, chunks)
-        r, k, v, a, b = local.rows
+        v = local.raw[3]
+        (a, r), (to_u, to_y) = local.q.chunk(2, -2), local.pairs.chunk(2, -2)
         W = local.inverse @ a  # (C,N): U = W Sᵀ + U0
-        U0 = local.inverse @ (local.A_ak @ v)
-        transfer = _transfer(local, W)  # S' = S transfer + injected
-        injected = (U0.mT @ b + v.mT @ k) * local.end
-        states, final_state = _scan(initial_state.to(r.dtype), transfer, injected, chunks)
-        U = torch.baddbmm(_bmm_view(U0), _bmm_view(W), _bmm_view(states).mT).view_as(U0)
-        y = r @ states.mT + local.A_rb @ U + local.A_rk @ v
+        U0 = local.inverse @ (to_u.chunk(2, -1)[1] @ v)
+        injected = (torch.cat((U0, v), -2).mT @ local.g) * local.end  # S' = S transfer + injected
+        states, final_state = _scan(initial_state.to(v.dtype), _transfer(local, W), injected, chunks)
+        h = torch.cat((U0 + W @ states.mT, v), -2)  # (2C,N): U over v, the values that b and k write
+        y = r @ states.mT + to_y @ h
         ctx.save_for_backward(*inputs, states)
         ctx.chunks, ctx.state_dtype = chunks, initial_state.dtype
         return _to_tokens(y, chunks, inputs[0]), final_state
@@ -111,51 +112,59 @@ class _Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        *inputs, states = ctx.saved_tensors
+        *inputs, S = ctx.saved_tensors
         chunks: Chunks = ctx.chunks
         local = _local(inputs, chunks)
-        r, k, v, a, b = local.rows
-        dY = _to_chunks(dy.to(r.dtype), chunks)
+        q, g, v = local.q, local.g, local.raw[3]
+        (a, r), (to_u, to_y) = q.chunk(2, -2), local.pairs.chunk(2, -2)
+        from_v = to_u.chunk(2, -1)[1]
+        dY = _to_chunks(dy.to(v.dtype), chunks)
         W = local.inverse @ a
-        U = local.inverse @ (a @ states.mT + local.A_ak @ v)
-        # y depends on the chunk's initial state by r + A_rb W, the next state by transfer
-        local_dS = dY.mT @ (r + local.A_rb @ W)
-        dnext, dinitial = _scan_back(dfinal.to(r.dtype), _transfer(local, W), local_dS, chunks)
+        h = torch.cat((local.inverse @ (a @ S.mT + from_v @ v), v), -2)
+        # y depends on the chunk's initial state by r + (pairs of r and b) W, the next state by transfer
+        own_dS = dY.mT @ (r + to_y.chunk(2, -1)[0] @ W)
+        dnext, dinitial = _scan_back(dfinal.to(v.dtype), _transfer(local, W), own_dS, chunks)
 
-        dend = (dnext * states).sum(-2, keepdim=True)  # through S·P_end
-        dnext_p = dnext * local.end
-        dU = local.A_rb.mT @ dY + b @ dnext_p.mT
-        dX = local.inverse.mT @ dU  # U = inverse X, X = a Sᵀ + A_ak v
-        dA_ab, dA_ak = (dX @ U.mT).tril(-1), (dX @ v.mT).tril(-1)
-        dA_rb, dA_rk = (dY @ U.mT).tril(), (dY @ v.mT).tril()
-        dr = dY @ states + dA_rb @ b + dA_rk @ k
-        da = dX @ states + dA_ab @ b + dA_ak @ k
-        to_b, to_k = U @ dnext_p, v @ dnext_p
-        dend = dend * local.end + (to_b * b + to_k * k).sum(-2, keepdim=True)
-        db = dA_ab.mT @ a + dA_rb.mT @ r + to_b
-        dk = dA_ak.mT @ a + dA_rk.mT @ r + to_k
-        dv = local.A_rk.mT @ dY + local.A_ak.mT @ dX + k @ dnext_p.mT
-        return *_input_gradients(inputs, chunks, local, (dr, dk, dv, da, db), dend), dinitial.to(ctx.state_dtype), None
+        D = dnext * local.end  # S' = (S + hᵀ g)·P_end
+        dU, dv = (to_y.mT @ dY + g @ D.mT).chunk(2, -2)
+        dX = local.inverse.mT @ dU  # U = inverse X, X = a Sᵀ + (pairs of a and k) v
+        dX_dY = torch.cat((dX, dY), -2)
+        dpairs = (dX_dY @ h.mT).masked_fill_(_unread(v), 0.0)
+        written = h @ D
+        dend = ((D * S).sum(-2, keepdim=True)) + (written * g).sum(-2, keepdim=True)
+        dq, dg = dX_dY @ S + dpairs @ g, dpairs.mT @ q + written
+        gradients = _input_gradients(local, dq, dg, dv + from_v.mT @ dX, dend)
+        in_tokens = (_to_tokens(d, chunks, x) for d, x in zip(gradients, inputs, strict=True))
+        return *in_tokens, dinitial.to(ctx.state_dtype), None
 
 
 def _local(inputs: list[Tensor], chunks: Chunks) -> _Local:
     dtype = torch.promote_types(inputs[0].dtype, torch.float32)
-    r, w, k, v, kk, iclr = (_to_chunks(x.to(dtype), chunks) for x in inputs)
+    raw = tuple(_to_chunks(x.to(dtype), chunks) for x in inputs)
+    r, w, k, _, kk, iclr = raw
     log_decay = -torch.exp(w)
     if chunks.empty is not None:
         log_decay = log_decay.masked_fill(chunks.empty, 0.0)
     log_p = log_decay.cumsum(-2)
     p, before, divided = log_p.exp(), (log_p - log_decay).exp(), (-log_p).exp()
-    r, k, a, b = r * p, k * divided, -kk * before, kk * iclr * divided
-    eye = torch.eye(r.shape[-2], dtype=dtype, device=r.device)
-    inverse = torch.linalg.solve_triangular(eye - (a @ b.mT).tril(-1), eye, upper=False, unitriangular=True)
-    A_ak, A_rb, A_rk = (a @ k.mT).tril(-1), (r @ b.mT).tril(), (r @ k.mT).tril()
-    return _Local((r, k, v, a, b), log_p, p[..., -1:, :], inverse, A_ak, A_rb, A_rk)
+    q = torch.cat((-kk * before, r * p), -2)
+    g = torch.cat((kk * iclr * divided, k * divided), -2)
+    pairs = (q @ g.mT).masked_fill_(_unread(r), 0.0)
+    C = r.shape[-2]
+    eye = torch.eye(C, dtype=dtype, device=r.device)
+    inverse = torch.linalg.solve_triangular(eye - pairs[..., :C, :C], eye, upper=False, unitriangular=True)
+    return _Local(raw, log_decay, log_p, p[..., -1:, :], q, g, pairs, inverse)
+
+
+def _unread(like: Tensor) -> Tensor:
+    """(2C,2C) True where a row of q does not read a row of g."""
+    row = torch.arange(like.shape[-2], device=like.device)
+    return torch.cat((row[:, None] <= row, row[:, None] < row)).repeat(1, 2)
 
 
 def _transfer(local: _Local, W: Tensor) -> Tensor:
     """(G,H,N,N) M of S' = S M + …: the state decays and loses what the chunk's keys remove."""
-    b = local.rows[-1]
+    b = local.g.chunk(2, -2)[0]
     return torch.diag_embed(local.end.squeeze(-2)) + (W.mT @ b) * local.end
 
 
@@ -185,36 +194,29 @@ def _scan_back(dstate: Tensor, transfer: Tensor, local: Tensor, chunks: Chunks) 
     return after, torch.empty_like(dstate).index_copy_(0, chunks.order, dstate)
 
 
-def _input_gradients(
-    inputs: list[Tensor], chunks: Chunks, local: _Local, grads: tuple[Tensor, ...], dend: Tensor
-) -> tuple[Tensor, ...]:
-    """From gradients of r·P, k/P, v, a·P_before, b/P and log P_end to those of r, w, k, v, kk, iclr."""
-    dr, dk, dv, da, db = grads
-    r, k, _, a, b = local.rows
-    w, kk, iclr = (_to_chunks(inputs[i].to(r.dtype), chunks) for i in (1, 4, 5))
-    log_decay = local.log_p.diff(dim=-2, prepend=torch.zeros_like(local.end))
-    dbefore = a * da  # of log P_before, which is log P one token earlier
-    dlog_p = r * dr - k * dk - b * db
+def _input_gradients(local: _Local, dq: Tensor, dg: Tensor, dv: Tensor, dend: Tensor) -> tuple[Tensor, ...]:
+    """From gradients of q, g, v and log P_end to those of r, w, k, v, kk, iclr."""
+    kk, iclr = local.raw[4:]
+    dbefore, dp = (local.q * dq).chunk(2, -2)  # of log P_before, which is log P one token earlier, and of log P
+    dlog_p = dp - sum((local.g * dg).chunk(2, -2))
     dlog_p[..., :-1, :] += dbefore[..., 1:, :]
     dlog_p[..., -1:, :] += dend
     dlog_decay = dlog_p.flip(-2).cumsum(-2).flip(-2)
-    dw = -dlog_decay * torch.exp(w)
-    p, divided = local.log_p.exp(), (-local.log_p).exp()
-    db = db * divided
-    dkk = db * iclr - da * (local.log_p - log_decay).exp()
-    gradients = (dr * p, dw, dk * divided, dv, dkk, db * kk)
-    return tuple(_to_tokens(g, chunks, x) for g, x in zip(gradients, inputs, strict=True))
+    da, dr = dq.chunk(2, -2)
+    db, dk = (rows * (-local.log_p).exp() for rows in dg.chunk(2, -2))
+    dkk = db * iclr - da * (local.log_p - local.log_decay).exp()
+    return dr * local.log_p.exp(), dlog_decay * local.log_decay, dk, dv, dkk, db * kk
 
 
 def _to_chunks(x: Tensor, chunks: Chunks) -> Tensor:
     """(B,T,H,N) → (G,H,C,N), zero where there is no token."""
-    x = x.flatten(0, 1)[chunks.token].transpose(1, 2).contiguous()
+    x = x.flatten(0, 2).index_select(0, chunks.token.flatten()).view(*chunks.token.shape, -1)
     return x if chunks.empty is None else x.masked_fill(chunks.empty, 0.0)
 
 
 def _to_tokens(x: Tensor, chunks: Chunks, like: Tensor) -> Tensor:
     """(G,H,C,N) → (B,T,H,N) with the shape and dtype of `like`."""
-    return x.transpose(1, 2).flatten(0, 1)[chunks.place].view_as(like).to(like.dtype)
+    return x.flatten(0, 2).index_select(0, chunks.place).view_as(like).to(like.dtype)
 
 
 def _bmm_view(x: Tensor) -> Tensor:

@@ -37,8 +37,11 @@ class StepRecord:
 class Metrics:
     """Shows and records the steps. The folder is made when the first step is done: a run that fails before has none."""
 
-    def __init__(self, folder: Path, config_text: str, total_steps: int, console: Console) -> None:
-        self.folder, self.config_text, self.total_steps, self.console = folder, config_text, total_steps, console
+    def __init__(
+        self, folder: Path, config_text: str, total_steps: int, device: torch.device, console: Console
+    ) -> None:
+        self.folder, self.config_text, self.total_steps = folder, config_text, total_steps
+        self.device, self.console = device, console
         self.records: list[StepRecord] = []
         self.lines: list[str] = []
         self._file: IO[str] | None = None
@@ -58,8 +61,8 @@ class Metrics:
 
     def add(self, record: StepRecord) -> None:
         """Record a step that is done. Raises OutputError if it cannot be written."""
-        if torch.cuda.is_available():
-            record.vram_gib = torch.cuda.max_memory_allocated() / GIB
+        if self.device.type == "cuda":
+            record.vram_gib = torch.cuda.max_memory_allocated(self.device) / GIB
         self.records.append(record)
         self._write_line(json.dumps(asdict(record)))
         shown = f"loss {record.loss:.4f}  {record.tokens_per_s:,.0f} tokens/s  {_memory(record)}"

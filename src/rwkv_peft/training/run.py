@@ -59,7 +59,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     check_space(out, model)
     total = config.max_steps or steps_of(config, data)
     optimizer = build_optimizer(model, config)
-    metrics = Metrics(out, to_yaml(config), total, console or Console())
+    metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
     for line in describe(config, model, data.summary(), total):
         metrics.say(line)
     try:
