@@ -378,6 +378,11 @@ def test_the_command_of_these_tests_works(command: list[str], tmp_path: Path) ->
     assert json.loads(first)["loss"] == json.loads(again)["loss"]
 
 
+def test_settings_without_effect_are_named(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--peft", "full"]) == 0
+    assert "--rank: no effect with --peft full" in capsys.readouterr().out
+
+
 def test_skipped_lines_are_counted(command: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     changes = data(GOOD + "{\n" + GOOD + "3\n", "--on-bad-line", "skip")(tmp_path)
     assert main(override(command, changes)) == 0

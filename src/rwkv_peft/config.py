@@ -6,14 +6,14 @@ themselves are here, in `check`; those that need a file or a device are where th
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .errors import ConfigError
 
-PEFT_METHODS = ("lora", "full")
 TRAIN_PARTS = ("time", "ln", "emb", "head")
+ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets", "train_parts")  # settings that full tuning has no use for
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Op = Literal["auto", "torch", "reference"]
@@ -151,6 +151,11 @@ class TrainConfig:
                 raise ConfigError(f"{flag} {number}: must be at least 0")
         if not self.data:
             raise ConfigError("--data: got no file; name at least one JSONL file")
+
+    def without_effect(self) -> list[str]:
+        """Flags of settings that were changed, but mean nothing for the method."""
+        given = [f.name for f in fields(self) if f.name in ADAPTER_ONLY and getattr(self, f.name) != f.default]
+        return ["--" + name.replace("_", "-") for name in given] if self.peft == "full" else []
 
     def parts(self) -> tuple[str, ...]:
         """The trainable parts asked for, with `none` resolved. Raises `ConfigError` on an unknown name."""

@@ -114,6 +114,8 @@ def describe(config: TrainConfig, model: Rwkv7, data: str, total: int) -> Iterat
     yield f"model  {model.source}: RWKV-7, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
     where = f"{number} on {model.like.device}, op {model.op.name}"
     yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {where}"
+    if config.without_effect():
+        yield f"note   {' '.join(config.without_effect())}: no effect with --peft full, which trains every weight"
     yield f"data   {data}"
     yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
 
