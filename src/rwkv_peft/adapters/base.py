@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 
 
-class AdaptedLinear(nn.Module):
+class AdaptedLinear(nn.Module, ABC):
     """A frozen base matrix with trained tensors beside it.
 
     The base is only called, or asked for its dense weight, so that any linear layer can be one. It shares its
@@ -39,16 +40,16 @@ class AdaptedLinear(nn.Module):
         return {name: self.get_parameter(name) for name in self.tensors}
 
     @staticmethod
+    @abstractmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         """The dense weight (out, in), float32, of a base `weight` with the adapter's `tensors` added."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def to_peft(config: AdapterConfig) -> dict[str, Any]:
         """The method's own entries of PEFT's `adapter_config.json`."""
-        raise NotImplementedError
 
     @staticmethod
+    @abstractmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
         """The settings, without targets, that PEFT's entries mean. Raises KeyError, TypeError or ValueError."""
-        raise NotImplementedError
