@@ -425,6 +425,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
     "no parts": (lambda a: (a / "parts.safetensors").unlink(), r"parts\.safetensors does not hold what"),
     "broken JSON": (lambda a: (a / "adapter_config.json").write_text("{"), r"adapter_config\.json: cannot be read"),
     "JSON list": (lambda a: (a / "adapter_config.json").write_text("[]"), "holds no object"),
+    "alpha NaN": (
+        lambda a: edit_json(a / "adapter_config.json", lora_alpha=float("nan")),
+        "--alpha nan: must be above 0",
+    ),
+    "rank Infinity": (lambda a: edit_json(a / "adapter_config.json", r=float("inf")), "is missing or out of range"),
     "no rank": (lambda a: edit_json(a / "adapter_config.json", r=None), "is missing or out of range"),
     "other method": (lambda a: edit_json(a / "adapter_config.json", peft_type="VERA"), "holds an adapter of type VERA"),
     "newer format": (lambda a: edit_json(a / "rwkv_peft.json", format=2), "has format 2; this program reads 1"),

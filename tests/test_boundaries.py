@@ -31,7 +31,7 @@ MAY_IMPORT = {
     "chat_repl": READERS | {"inference"},
     "export": READERS,
     "plan": READERS,
-    "demo": {"training", "inference", "export", "data", "loading"},
+    "demo": {"training", "inference", "export", "data", "loading", "yaml_config"},
     "web": {"training", "inference", "export", "plan"},
     "cli": {"yaml_config", "training", "demo", "inference", "chat_repl", "export", "plan", "web"},
     "__init__": READERS | {"training", "inference", "export"},

@@ -338,6 +338,8 @@ WRONG_INPUT: dict[str, tuple[Setup, str]] = {
     "unknown flag": (lambda folder: ["--rnak", "3"], r"--rnak: unknown flag; did you mean --rank\?"),
     "rank 0": (lambda folder: ["--rank", "0"], r"--rank 0: must be at least 1; try"),
     "lr 0": (lambda folder: ["--lr", "0"], r"--lr 0\.0 .*must be above 0"),
+    "beta 1.5": (lambda folder: ["--betas", "0.9", "1.5"], r"--betas 0\.9 1\.5: both must be .*try"),
+    "epsilon 0": (lambda folder: ["--adam-eps", "0"], r"--adam-eps 0\.0: must be above 0; try"),
     "no such part": (lambda folder: ["--train-parts", "ln", "hed"], r"--train-parts hed: allowed are"),
     "no such target": (lambda folder: ["--targets", "att.kye"], r"--targets att\.kye: "),
     "no such device": (lambda folder: ["--device", "gpu"], r"--device gpu: "),

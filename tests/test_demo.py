@@ -8,11 +8,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from rich.console import Console
 
 import rwkv_peft as rp
 from rwkv_peft import demo
 from rwkv_peft.cli import main
-from rwkv_peft.config import DemoConfig
+from rwkv_peft.config import DemoConfig, TrainConfig
+from rwkv_peft.training import run as training
+from rwkv_peft.training.run import RunResult
+from rwkv_peft.yaml_config import to_yaml
 
 
 def records(path: Path) -> list[dict[str, str]]:
@@ -60,9 +64,24 @@ def test_the_demo_learns_and_replaces_an_earlier_one(short_demo: Path, capsys: p
     assert not list(short_demo.iterdir())
 
 
+def test_a_demo_stopped_by_hand_ends_there_and_can_be_run_again(
+    short_demo: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(config: TrainConfig, console: Console) -> RunResult:
+        return replace(training.train(replace(config, max_steps=1), console), interrupted=True)
+
+    monkeypatch.setattr(demo, "train", interrupted)
+    assert main(["demo", "--out", str(short_demo)]) == 130
+    assert (short_demo / "adapter").is_dir() and not (short_demo / "demo.json").exists()
+    (short_demo / "config.yaml").write_text(to_yaml(demo.demo_settings(short_demo)))
+    demo.remove_earlier_demo(short_demo)
+    assert not list(short_demo.iterdir())
+
+
 def test_the_demo_touches_nothing_of_others(short_demo: Path, capsys: pytest.CaptureFixture[str]) -> None:
     short_demo.mkdir()
-    (short_demo / "config.yaml").write_text("model: mine.pth\n")
+    mine = replace(demo.demo_settings(short_demo), rank=4)  # a run of one's own on the demo's data
+    (short_demo / "config.yaml").write_text(to_yaml(mine))
     assert main(["demo", "--out", str(short_demo)]) == 2
     assert "holds another run" in capsys.readouterr().err
     assert [path.name for path in short_demo.iterdir()] == ["config.yaml"]

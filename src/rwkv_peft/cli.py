@@ -261,7 +261,7 @@ COMMANDS = {
         "fine-tune a model on examples and write an adapter",
         TrainConfig,
         train,
-        if_memory_ends="try --grad-checkpoint, a smaller --micro-batch or a smaller --ctx-len",
+        if_memory_ends="try --grad-checkpoint, or a smaller --micro-batch, --ctx-len or --rank",
     ),
     "merge": Command("add an adapter to its base: BASE ADAPTER OUT", MergeConfig, merge, ("base", "adapter", "out")),
     "generate": Command("continue a prompt", GenerateConfig, generate),

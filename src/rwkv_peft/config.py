@@ -6,6 +6,7 @@ themselves are here, in `check`; those that need a file or a device are where th
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -47,8 +48,8 @@ class AdapterConfig:
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range."""
         at_least("--rank", self.rank, 1, "try 8, 16 or 32")
-        if self.alpha is not None and self.alpha <= 0:
-            raise ConfigError(f"--alpha {self.alpha}: must be above 0; twice the rank is usual")
+        if self.alpha is not None and not 0 < self.alpha < math.inf:
+            raise ConfigError(f"--alpha {self.alpha}: must be above 0 and finite; twice the rank is usual")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout {self.dropout}: must be from 0 to below 1; try 0.05")
 
@@ -149,6 +150,10 @@ class TrainConfig:
         ):  # fmt: skip
             if number < 0:
                 raise ConfigError(f"{flag} {number}: must be at least 0")
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ConfigError(f"--betas {self.betas[0]} {self.betas[1]}: both must be from 0 to below 1; try 0.9 0.99")
+        if self.adam_eps <= 0:
+            raise ConfigError(f"--adam-eps {self.adam_eps}: must be above 0; try 1e-8")
         if not self.data:
             raise ConfigError("--data: got no file; name at least one JSONL file")
 

@@ -17,6 +17,7 @@ from .files import write_text
 from .inference import answer_all
 from .loading import load_model
 from .training.run import check_out, train
+from .yaml_config import to_yaml
 
 ASSETS = Path(__file__).parent / "assets"
 BASE = ASSETS / "tiny" / "model.pth"
@@ -29,7 +30,8 @@ SHOWN = 3
 def run_demo(config: DemoConfig) -> None:
     """Score the tiny base on held-out examples, tune it with LoRA, merge, and score the merged file.
 
-    Raises ConfigError if `config.out` holds anything but an earlier demo, OutputError if the disk fails.
+    Raises ConfigError if `config.out` holds anything but an earlier demo, OutputError if the disk fails, and
+    KeyboardInterrupt if the training was stopped by hand, after it has saved.
     """
     out, console = Path(config.out), Console()
     remove_earlier_demo(out)
@@ -40,6 +42,8 @@ def run_demo(config: DemoConfig) -> None:
     began = time.perf_counter()
     run = train(demo_settings(out), console)
     seconds = time.perf_counter() - began
+    if run.interrupted:
+        raise KeyboardInterrupt
     merged = merge(BASE, run.result, out / "model.pth")
     after, answers_after = score(merged)
     result = {"before": before, "after": after, "train_seconds": round(seconds, 1)}
@@ -73,7 +77,8 @@ def score(model_file: Path) -> tuple[float, list[str]]:
 def remove_earlier_demo(out: Path) -> None:
     """Remove what an earlier demo wrote, and nothing else."""
     settings = out / "config.yaml"
-    if settings.is_file() and str(TRAIN_DATA) in settings.read_text(encoding="utf-8"):
+    broken_off = settings.is_file() and settings.read_text(encoding="utf-8") == to_yaml(demo_settings(out))
+    if broken_off or (out / "demo.json").is_file():
         for name in WRITTEN:
             (out / name).unlink(missing_ok=True)
         shutil.rmtree(out / "adapter", ignore_errors=True)

@@ -157,7 +157,7 @@ def _adapter_config(folder: Path, settings: Mapping[str, Any], tensors: Iterable
     try:
         config = dataclasses.replace(method.from_peft(settings), targets=tuple(sorted(targets)))
         config.check()
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, OverflowError, TypeError, ValueError) as error:
         what = str(error) if isinstance(error, ValueError) else f"an entry is missing or out of range ({error})"
         raise CheckpointError(f"{folder}/adapter_config.json: {what}; merge it with PEFT, or copy it again") from error
     return config

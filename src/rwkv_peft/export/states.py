@@ -32,7 +32,7 @@ def load_state(path: Path | str) -> ModelState:
     layers = sum(bool(re.fullmatch(r"blocks\.\d+\.att\.time_state", name)) for name in tensors)
     try:
         wkv = torch.stack([tensors[WKV.format(i)].float() for i in range(layers)])[:, None]
-        if wkv.ndim != 5:
+        if wkv.ndim != 5 or wkv.shape[-1] != wkv.shape[-2]:
             raise ValueError(f"blocks.0.att.time_state has shape {tuple(wkv.shape[2:])}, not (H,N,N)")
         shift = torch.zeros(layers, 2, 1, wkv.shape[2] * wkv.shape[3])
         if SHIFT[0].format(0) in tensors:

@@ -42,11 +42,12 @@ class Documents:
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens {tuple(tokens.shape)}: must be (B,T) with T at least 1")
-        self.cu_seqlens = cu_seqlens
-        if cu_seqlens is None:
+        # on the CPU, so that the layers can read the offsets without waiting for a GPU
+        self.cu_seqlens = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).cpu()
+        if self.cu_seqlens is None:
             self.count = tokens.shape[0]
             return
-        bounds = torch.as_tensor(cu_seqlens).tolist()
+        bounds = self.cu_seqlens.tolist()
         if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1] or bounds != sorted(bounds):
             raise ValueError(
                 f"cu_seqlens from {bounds[0]} to {bounds[-1]} with tokens {tuple(tokens.shape)}: "

@@ -10,6 +10,7 @@ Axes: B batch, T tokens, H heads, N head size, S documents, C chunk length, G ch
 
 from __future__ import annotations
 
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -49,7 +50,7 @@ def wkv7(
     B, T, H, N = r.shape
     if T == 1 and cu_seqlens is None:  # a chunk of one token is the recurrence itself, which is twice as fast there
         return reference.wkv7(r, w, k, v, kk, iclr, initial_state)
-    bounds = [i * T for i in range(B + 1)] if cu_seqlens is None else cu_seqlens.tolist()
+    bounds = tuple(range(0, (B + 1) * T, T)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
     longest = max(end - start for start, end in pairwise(bounds))
     chunks = cut(bounds, H, min(CHUNK, longest), r.device)
     if initial_state is None:
@@ -60,7 +61,8 @@ def wkv7(
     return y, final_state
 
 
-def cut(bounds: list[int], heads: int, length: int, device: torch.device) -> Chunks:
+@lru_cache(maxsize=2)  # every layer of a model asks for the same
+def cut(bounds: tuple[int, ...], heads: int, length: int, device: torch.device) -> Chunks:
     """Places for the tokens of documents with the given `bounds`, in chunks of `length`."""
     starts = torch.tensor(bounds[:-1])
     sizes = torch.tensor(bounds[1:]) - starts
@@ -131,7 +133,7 @@ class _Wkv7(torch.autograd.Function):
         dX_dY = torch.cat((dX, dY), -2)
         dpairs = (dX_dY @ h.mT).masked_fill_(_unread(v), 0.0)
         written = h @ D
-        dend = ((D * S).sum(-2, keepdim=True)) + (written * g).sum(-2, keepdim=True)
+        dend = (D * S).sum(-2, keepdim=True) + (written * g).sum(-2, keepdim=True)
         dq, dg = dX_dY @ S + dpairs @ g, dpairs.mT @ q + written
         gradients = _input_gradients(local, dq, dg, dv + from_v.mT @ dX, dend)
         in_tokens = (_to_tokens(d, chunks, x) for d, x in zip(gradients, inputs, strict=True))
