@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import rwkv_peft as rp
-from rwkv_peft.models import Rwkv7
+from rwkv_peft.models import Rwkv
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for one another
 
@@ -82,10 +82,10 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
 
 
 @pytest.fixture
-def load(model_file: Callable[..., Path]) -> Callable[..., Rwkv7]:
+def load(model_file: Callable[..., Path]) -> Callable[..., Rwkv]:
     """Load a random model: `load(layers=3, op="reference", …)`; `dtype` is the file's, `as_dtype` the model's."""
 
-    def make(as_dtype: str = "fp32", op: str = "auto", **sizes: object) -> Rwkv7:
+    def make(as_dtype: str = "fp32", op: str = "auto", **sizes: object) -> Rwkv:
         return rp.load_model(model_file(**sizes), as_dtype, op=op)
 
     return make

@@ -19,7 +19,7 @@ from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import CheckpointError, ConfigError, OutputError
-from rwkv_peft.models import Rwkv7
+from rwkv_peft.models import Rwkv
 
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "vocab_size": 257, "layer0_v": True}
 TOKENS = random_tokens(257, 2, 20)
@@ -49,10 +49,10 @@ def logits_of(model: nn.Module) -> Tensor:
 
 
 @pytest.fixture
-def tuned(load: Callable[..., Rwkv7]) -> Callable[..., Rwkv7]:
+def tuned(load: Callable[..., Rwkv]) -> Callable[..., Rwkv]:
     """A model with an adapter that does something: `tuned(config, parts, **load's arguments)`."""
 
-    def make(config: AdapterConfig | None = None, parts: Iterable[str] = (), **arguments: Any) -> Rwkv7:
+    def make(config: AdapterConfig | None = None, parts: Iterable[str] = (), **arguments: Any) -> Rwkv:
         model = rp.attach_adapter(load(**SIZES, **arguments), config or AdapterConfig(rank=4), parts)
         disturb(model)
         return model
@@ -64,7 +64,7 @@ def tuned(load: Callable[..., Rwkv7]) -> Callable[..., Rwkv7]:
 
 
 @configs
-def test_attached_names_and_what_trains(config: AdapterConfig, load: Callable[..., Rwkv7]) -> None:
+def test_attached_names_and_what_trains(config: AdapterConfig, load: Callable[..., Rwkv]) -> None:
     model = load(**SIZES)
     before, logits = set(dict(model.named_parameters())), logits_of(model)
     assert rp.attach_adapter(model, config) is model
@@ -99,7 +99,7 @@ PARTS = {
 
 
 @pytest.mark.parametrize("parts", [*([p] for p in PARTS), ["time", "ln"], list(PARTS)], ids="+".join)
-def test_parts_that_train_beside(parts: list[str], load: Callable[..., Rwkv7]) -> None:
+def test_parts_that_train_beside(parts: list[str], load: Callable[..., Rwkv]) -> None:
     model = rp.attach_adapter(load(**SIZES), AdapterConfig(), parts)
     trained = {n for n, p in model.named_parameters() if p.requires_grad and "lora_" not in n}
     assert trained == set().union(*(PARTS[part] for part in parts))
@@ -122,7 +122,7 @@ def test_parts_that_train_beside(parts: list[str], load: Callable[..., Rwkv7]) -
     ],
 )
 def test_settings_that_are_refused(
-    config: AdapterConfig, parts: tuple[str, ...], message: str, load: Callable[..., Rwkv7]
+    config: AdapterConfig, parts: tuple[str, ...], message: str, load: Callable[..., Rwkv]
 ) -> None:
     model = load(**SIZES)
     with pytest.raises(ConfigError, match=message):
@@ -131,7 +131,7 @@ def test_settings_that_are_refused(
     assert all(p.requires_grad for p in model.parameters())
 
 
-def test_a_second_adapter_is_refused(tuned: Callable[..., Rwkv7], tmp_path: Path) -> None:
+def test_a_second_adapter_is_refused(tuned: Callable[..., Rwkv], tmp_path: Path) -> None:
     model = tuned()
     rp.save_adapter(model, tmp_path / "a")
     with pytest.raises(ConfigError, match="has an adapter already"):
@@ -168,7 +168,7 @@ def test_dropout_is_of_training_only_and_of_the_adapter_only() -> None:
 
 
 @pytest.mark.parametrize("parts", [(), ("time", "ln", "emb", "head")], ids=["adapter", "with parts"])
-def test_bf16_model_trains_in_float32(parts: tuple[str, ...], load: Callable[..., Rwkv7]) -> None:
+def test_bf16_model_trains_in_float32(parts: tuple[str, ...], load: Callable[..., Rwkv]) -> None:
     model = rp.attach_adapter(load(as_dtype="bf16", **SIZES), AdapterConfig(rank=4), parts).train()
     trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
     assert {p.dtype for p in trained.values()} == {torch.float32}
@@ -195,8 +195,8 @@ def test_bf16_model_trains_in_float32(parts: tuple[str, ...], load: Callable[...
 def test_a_saved_adapter_is_the_same_when_loaded(
     config: AdapterConfig,
     parts: tuple[str, ...],
-    tuned: Callable[..., Rwkv7],
-    load: Callable[..., Rwkv7],
+    tuned: Callable[..., Rwkv],
+    load: Callable[..., Rwkv],
     tmp_path: Path,
 ) -> None:
     model = tuned(config, parts)
@@ -214,7 +214,7 @@ def test_a_saved_adapter_is_the_same_when_loaded(
             assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
 
 
-def test_what_an_adapter_folder_holds(tuned: Callable[..., Rwkv7], tmp_path: Path) -> None:
+def test_what_an_adapter_folder_holds(tuned: Callable[..., Rwkv], tmp_path: Path) -> None:
     model = tuned(AdapterConfig(rank=3, alpha=7.5, dropout=0.1, targets=("att.key",)), ("emb",))
     rp.save_adapter(model, tmp_path / "a")
     tensors = read_tensors(tmp_path / "a" / "adapter_model.safetensors")
@@ -230,7 +230,7 @@ def test_what_an_adapter_folder_holds(tuned: Callable[..., Rwkv7], tmp_path: Pat
     assert ours == {"format": 1, "base": model.fingerprint, "parts": ["emb.weight"]}
 
 
-def test_saving_again_replaces_an_adapter_and_nothing_else(tuned: Callable[..., Rwkv7], tmp_path: Path) -> None:
+def test_saving_again_replaces_an_adapter_and_nothing_else(tuned: Callable[..., Rwkv], tmp_path: Path) -> None:
     rp.save_adapter(tuned(None, ("ln",)), tmp_path / "a")
     rp.save_adapter(tuned(), tmp_path / "a")
     assert not (tmp_path / "a" / "parts.safetensors").exists()
@@ -243,7 +243,7 @@ def test_saving_again_replaces_an_adapter_and_nothing_else(tuned: Callable[..., 
 
 
 def test_an_adapter_of_float32_loads_into_a_bf16_model(
-    tuned: Callable[..., Rwkv7], load: Callable[..., Rwkv7], tmp_path: Path
+    tuned: Callable[..., Rwkv], load: Callable[..., Rwkv], tmp_path: Path
 ) -> None:
     rp.save_adapter(tuned(None, ("ln",)), tmp_path / "a")
     model = rp.load_adapter(load(as_dtype="bf16", **SIZES), tmp_path / "a")
@@ -256,7 +256,7 @@ def test_an_adapter_of_float32_loads_into_a_bf16_model(
 
 @configs
 def test_peft_loads_our_folder(
-    config: AdapterConfig, tuned: Callable[..., Rwkv7], load: Callable[..., Rwkv7], tmp_path: Path
+    config: AdapterConfig, tuned: Callable[..., Rwkv], load: Callable[..., Rwkv], tmp_path: Path
 ) -> None:
     model = tuned(config)
     rp.save_adapter(model, tmp_path / "a")
@@ -282,7 +282,7 @@ def test_peft_loads_our_folder(
     ids=["names", "pattern", "one layer", "exclusion"],
 )
 def test_a_folder_that_peft_wrote(
-    settings: dict[str, Any], load: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
+    settings: dict[str, Any], load: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     theirs = disturb(get_peft_model(load(**SIZES), LoraConfig(r=6, lora_alpha=9, **settings))).eval()
     theirs.save_pretrained(str(tmp_path / "a"))
@@ -299,7 +299,7 @@ def test_a_folder_that_peft_wrote(
     ids=str,
 )
 def test_what_peft_has_and_we_have_not_is_refused(
-    settings: dict[str, Any], load: Callable[..., Rwkv7], tmp_path: Path
+    settings: dict[str, Any], load: Callable[..., Rwkv], tmp_path: Path
 ) -> None:
     config = LoraConfig(r=6, target_modules=["att.key"], **settings)
     get_peft_model(load(**SIZES), config).save_pretrained(str(tmp_path / "a"))
@@ -315,7 +315,7 @@ def test_what_peft_has_and_we_have_not_is_refused(
 def test_merged_is_base_and_adapter_also_for_pypi_rwkv(
     config: AdapterConfig,
     parts: tuple[str, ...],
-    tuned: Callable[..., Rwkv7],
+    tuned: Callable[..., Rwkv],
     model_file: Callable[..., Path],
     pypi_rwkv: PypiRwkv,
     tmp_path: Path,
@@ -331,7 +331,7 @@ def test_merged_is_base_and_adapter_also_for_pypi_rwkv(
 
 @pytest.mark.parametrize("form", ["pth", "safetensors"])
 def test_merging_keeps_the_rest_of_a_bf16_base(
-    form: str, tuned: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
+    form: str, tuned: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     """Every tensor's number format; layer 0's unused tensors; to the bit, what was not trained."""
     model = tuned(AdapterConfig(rank=4, targets=("att.key",)), ("ln",), dtype=torch.bfloat16, as_dtype="bf16")
@@ -353,7 +353,7 @@ def test_merging_keeps_the_rest_of_a_bf16_base(
     ("dtype", "number"), [("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp16", torch.float16)]
 )
 def test_merging_into_another_number_format(
-    dtype: str, number: torch.dtype, tuned: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
+    dtype: str, number: torch.dtype, tuned: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     rp.save_adapter(tuned(), tmp_path / "a")
     merged = read_tensors(rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth", dtype))
@@ -361,7 +361,7 @@ def test_merging_into_another_number_format(
 
 
 def test_merging_does_not_replace_a_file_unasked(
-    tuned: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
+    tuned: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     rp.save_adapter(tuned(), tmp_path / "a")
     base, out = model_file(**SIZES), tmp_path / "m.pth"
@@ -393,7 +393,7 @@ def foreign(folder: Path) -> None:
     ids=str,
 )
 def test_another_base(
-    change: dict[str, Any], message: str, tuned: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path
+    change: dict[str, Any], message: str, tuned: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
     folder, out = tmp_path / "a", tmp_path / "m.pth"
     rp.save_adapter(tuned(), folder)
@@ -463,7 +463,7 @@ DAMAGE: dict[str, tuple[Callable[[Path], object], str]] = {
 def test_a_damaged_folder(
     damage: Callable[[Path], object],
     message: str,
-    tuned: Callable[..., Rwkv7],
+    tuned: Callable[..., Rwkv],
     model_file: Callable[..., Path],
     tmp_path: Path,
 ) -> None:
@@ -479,7 +479,7 @@ def test_a_damaged_folder(
     assert not out.exists()
 
 
-def test_no_folder_and_no_adapter(load: Callable[..., Rwkv7], tmp_path: Path) -> None:
+def test_no_folder_and_no_adapter(load: Callable[..., Rwkv], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="no such folder; an adapter is a folder"):
         rp.load_adapter(load(**SIZES), tmp_path / "a")
     with pytest.raises(ConfigError, match="the model has no adapter; attach one first"):

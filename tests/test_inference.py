@@ -24,7 +24,7 @@ from rwkv_peft.data.chat import render_chat, render_prompt
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.inference import Session, StopTexts, answer_all, generate, sample
-from rwkv_peft.models import ModelState, Rwkv7
+from rwkv_peft.models import ModelState, Rwkv
 
 BYTE = Tokenizer.byte()
 PROMPT = "User: Hi!\n\nAssistant:"
@@ -36,7 +36,7 @@ def text(pieces: Iterator[str]) -> str:
 
 
 @torch.no_grad()
-def greedy_by_recomputation(model: Rwkv7, prompt: str, count: int) -> list[int]:
+def greedy_by_recomputation(model: Rwkv, prompt: str, count: int) -> list[int]:
     """The likeliest `count` tokens after `prompt`, up to the end token, each from the whole text anew."""
     ids: list[int] = []
     while len(ids) < count:
@@ -57,14 +57,14 @@ def shown(ids: list[int]) -> str:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_greedy_is_the_argmax_of_the_whole_text(seed: int, load: Callable[..., Rwkv7]) -> None:
+def test_greedy_is_the_argmax_of_the_whole_text(seed: int, load: Callable[..., Rwkv]) -> None:
     model = load(layers=3, width=128, seed=seed)
     want = greedy_by_recomputation(model, PROMPT, 30)
     assert len(set(want)) > 3
     assert text(generate(model, BYTE, PROMPT, max_tokens=30, temperature=0)) == shown(want)
 
 
-def test_one_seed_one_text(load: Callable[..., Rwkv7]) -> None:
+def test_one_seed_one_text(load: Callable[..., Rwkv]) -> None:
     model = load()
     texts = [text(generate(model, BYTE, PROMPT, 40, top_p=1.0, seed=seed)) for seed in (1, 1, 2, 3)]
     assert texts[0] == texts[1]
@@ -73,12 +73,12 @@ def test_one_seed_one_text(load: Callable[..., Rwkv7]) -> None:
     assert len(without) == 4
 
 
-def test_temperature_0_needs_no_seed(load: Callable[..., Rwkv7]) -> None:
+def test_temperature_0_needs_no_seed(load: Callable[..., Rwkv]) -> None:
     model = load()
     assert len({text(generate(model, BYTE, PROMPT, 30, temperature=0, seed=seed)) for seed in (None, 1, 2)}) == 1
 
 
-def test_max_tokens(load: Callable[..., Rwkv7], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_max_tokens(load: Callable[..., Rwkv], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(inference, "sample", lambda *args: BYTE.encode("a")[0])
     assert text(generate(load(), BYTE, PROMPT, max_tokens=7)) == "a" * 7
 
@@ -93,12 +93,12 @@ def test_max_tokens(load: Callable[..., Rwkv7], monkeypatch: pytest.MonkeyPatch)
     ],
     ids=str,
 )
-def test_numbers_out_of_range(arguments: dict[str, Any], message: str, load: Callable[..., Rwkv7]) -> None:
+def test_numbers_out_of_range(arguments: dict[str, Any], message: str, load: Callable[..., Rwkv]) -> None:
     with pytest.raises(ConfigError, match=message):  # at once, not when the first piece is asked for
         generate(load(), BYTE, PROMPT, **arguments)
 
 
-def test_from_a_state(load: Callable[..., Rwkv7]) -> None:
+def test_from_a_state(load: Callable[..., Rwkv]) -> None:
     """Which stays as it is: from there, the rest of the prompt goes on as the whole would."""
     model, first = load(), "User: Hi!\n\n"
     with torch.no_grad():
@@ -112,14 +112,14 @@ def test_from_a_state(load: Callable[..., Rwkv7]) -> None:
     assert text(generate(model, BYTE, PROMPT.removeprefix(first), 20, temperature=0)) != want
 
 
-def test_an_empty_prompt_begins_a_document(load: Callable[..., Rwkv7]) -> None:
+def test_an_empty_prompt_begins_a_document(load: Callable[..., Rwkv]) -> None:
     model = load()
     with torch.no_grad():
         want = int(model(torch.tensor([[END]]))[0][0, -1].argmax())
     assert text(generate(model, BYTE, "", 1, temperature=0)) == shown([want])
 
 
-def test_generating_leaves_autograd_on(load: Callable[..., Rwkv7]) -> None:
+def test_generating_leaves_autograd_on(load: Callable[..., Rwkv]) -> None:
     for _ in generate(load(), BYTE, PROMPT, 3):
         assert torch.is_grad_enabled()
 
@@ -170,7 +170,7 @@ def test_without_temperature_the_likeliest(temperature: float) -> None:
 
 
 @pytest.fixture
-def script(load: Callable[..., Rwkv7], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
+def script(load: Callable[..., Rwkv], monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[str]]:
     """The pieces shown of a model that writes just these tokens: `script(ids, stop=…)`."""
     model = load(vocab_size=300)
 
@@ -258,7 +258,7 @@ def test_tokens_that_are_no_text(ids: list[int], want: str, script: Callable[...
 
 
 @pytest.mark.parametrize("vocab_size", [257, 512])
-def test_answers_of_all_are_each_alone(vocab_size: int, load: Callable[..., Rwkv7]) -> None:
+def test_answers_of_all_are_each_alone(vocab_size: int, load: Callable[..., Rwkv]) -> None:
     """Prompts of unequal length, answers that end at unequal places; of 512 ids, half have no text."""
     model = load(layers=3, width=128, vocab_size=vocab_size, seed=1)
     with torch.no_grad():
@@ -271,7 +271,7 @@ def test_answers_of_all_are_each_alone(vocab_size: int, load: Callable[..., Rwkv
 
 
 def test_base_with_adapter_writes_as_the_merged_file(
-    load: Callable[..., Rwkv7], model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    load: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """In Python and on the command line."""
     model = rp.attach_adapter(load(), AdapterConfig(rank=4))
@@ -297,7 +297,7 @@ def test_base_with_adapter_writes_as_the_merged_file(
 def test_chat_leaves_the_state_that_training_would_see(
     tokenizer: Tokenizer,
     vocab_size: int,
-    load: Callable[..., Rwkv7],
+    load: Callable[..., Rwkv],
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
@@ -347,7 +347,7 @@ def test_chat_ends_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
     run_chat(ChatConfig(Path("m.pth"), sampling=SamplingConfig()))
 
 
-def test_a_session_reads_in_pieces(load: Callable[..., Rwkv7]) -> None:
+def test_a_session_reads_in_pieces(load: Callable[..., Rwkv]) -> None:
     model, ids = load(), random_tokens(257, 30).tolist()
     whole, pieces = Session(model, BYTE), Session(model, BYTE)
     whole.read(ids)

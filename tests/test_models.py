@@ -17,7 +17,7 @@ from torch import Tensor
 
 import rwkv_peft as rp
 from conftest import PypiRwkv, difference, random_rwkv7, random_tokens
-from rwkv_peft.models import ModelState, Rwkv7
+from rwkv_peft.models import ModelState, Rwkv
 from rwkv_peft.ops.loss import next_token_loss
 
 # layers, width, vocabulary, ranks of w a v g, head size, and what else is odd
@@ -52,7 +52,7 @@ T = 37
 class Expected:
     """What the PyPI package `rwkv` gives for a file and a row of tokens."""
 
-    model: Rwkv7
+    model: Rwkv
     path: Path
     tokens: Tensor  # (1,T)
     logits: Tensor  # (T,V)
@@ -75,7 +75,7 @@ def assert_state(state: ModelState, want: Expected | tuple[Tensor, Tensor]) -> N
 
 
 @torch.no_grad()
-def in_pieces(model: Rwkv7, tokens: Tensor, cuts: list[int]) -> tuple[Tensor, ModelState]:
+def in_pieces(model: Rwkv, tokens: Tensor, cuts: list[int]) -> tuple[Tensor, ModelState]:
     """Logits (T,V) and the last state of `tokens` (1,T) given in pieces, the state handed on."""
     logits, state = [], None
     for start, end in pairwise([0, *cuts, tokens.shape[1]]):
@@ -139,7 +139,7 @@ def hf_model(tensors: dict[str, Tensor]) -> tuple[Any, dict[str, tuple[str, bool
 
 
 @pytest.mark.parametrize("file", [n for n in FILES if n not in ("head size 32", "World vocabulary")])
-def test_loss_and_every_gradient_are_rwkv7_hfs(file: str, load: Callable[..., Rwkv7]) -> None:
+def test_loss_and_every_gradient_are_rwkv7_hfs(file: str, load: Callable[..., Rwkv]) -> None:
     """Its head size is 64 here: for others its `ln_x` has another epsilon than the official one.
 
     The tokens are such that no document's first token has a key and a receptance at right angles: there, `ln_x` divides
@@ -180,13 +180,13 @@ DOCUMENTS = {
 }
 
 
-def gradients(model: Rwkv7, total: Tensor) -> dict[str, Tensor]:
+def gradients(model: Rwkv, total: Tensor) -> dict[str, Tensor]:
     model.zero_grad()
     total.backward()
     return {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-def random_state(model: Rwkv7, documents: int) -> ModelState:
+def random_state(model: Rwkv, documents: int) -> ModelState:
     generator = torch.Generator().manual_seed(11)
     state = ModelState.zeros(model, documents)
     wkv, shift = (torch.randn(x.shape, generator=generator, dtype=x.dtype) for x in (state.wkv, state.shift))
@@ -208,7 +208,7 @@ def test_packed_documents_are_each_alone(
     bounds: list[int],
     has_state: bool,
     op: str,
-    load: Callable[..., Rwkv7],
+    load: Callable[..., Rwkv],
 ) -> None:
     """Logits, final states, and the gradients of every parameter and of the initial states."""
     model = load(op=op, **FILES[file]).to(dtype)
@@ -247,12 +247,12 @@ def test_packed_documents_are_each_alone(
 @pytest.mark.parametrize(
     ("bounds", "rows"), [([0, 5, 9], 1), ([1, 5, 10], 1), ([0, 6, 5, 10], 1), ([0, 5, 10], 2)], ids=str
 )
-def test_cu_seqlens_that_do_not_fit(bounds: list[int], rows: int, load: Callable[..., Rwkv7]) -> None:
+def test_cu_seqlens_that_do_not_fit(bounds: list[int], rows: int, load: Callable[..., Rwkv]) -> None:
     with pytest.raises(ValueError, match="must rise from 0 to T, and B be 1"):
         load()(random_tokens(257, rows, 10), cu_seqlens=torch.tensor(bounds))
 
 
-def test_a_state_for_another_number_of_documents(load: Callable[..., Rwkv7]) -> None:
+def test_a_state_for_another_number_of_documents(load: Callable[..., Rwkv]) -> None:
     model = load()
     with pytest.raises(ValueError, match="state has 3 entries; the tokens hold 2 documents"):
         model(random_tokens(257, 2, 4), ModelState.zeros(model, 3))
@@ -261,7 +261,7 @@ def test_a_state_for_another_number_of_documents(load: Callable[..., Rwkv7]) -> 
 # --- the same model in other ways
 
 
-def loss_and_gradients(model: Rwkv7) -> dict[str, Tensor]:
+def loss_and_gradients(model: Rwkv) -> dict[str, Tensor]:
     tokens = random_tokens(model.sizes.vocab_size, 2, 40)
     logits, state = model(tokens)
     weight = torch.randn(logits.shape, generator=torch.Generator().manual_seed(4)).to(logits.dtype)
@@ -269,7 +269,7 @@ def loss_and_gradients(model: Rwkv7) -> dict[str, Tensor]:
     return {"logits": logits.detach(), "total": total.detach(), **gradients(model, total)}
 
 
-def test_gradient_checkpointing_changes_no_gradient(load: Callable[..., Rwkv7]) -> None:
+def test_gradient_checkpointing_changes_no_gradient(load: Callable[..., Rwkv]) -> None:
     model = load(**FILES["odd ranks"])
     want = loss_and_gradients(model)
     model.grad_checkpoint = True
@@ -278,7 +278,7 @@ def test_gradient_checkpointing_changes_no_gradient(load: Callable[..., Rwkv7]) 
     assert all(torch.equal(got[name], want[name]) for name in want)
 
 
-def test_gradient_checkpointing_keeps_less(load: Callable[..., Rwkv7]) -> None:
+def test_gradient_checkpointing_keeps_less(load: Callable[..., Rwkv]) -> None:
     model = load(**FILES["odd ranks"])
 
     def kept() -> int:
@@ -294,14 +294,14 @@ def test_gradient_checkpointing_keeps_less(load: Callable[..., Rwkv7]) -> None:
     assert kept() < before / 2
 
 
-def test_the_operators_agree(load: Callable[..., Rwkv7]) -> None:
+def test_the_operators_agree(load: Callable[..., Rwkv]) -> None:
     want = loss_and_gradients(load(op="reference", **FILES["with v"]))
     got = loss_and_gradients(load(op="torch", **FILES["with v"]))
     errors = {name: difference(got[name], want[name]) for name in want}
     assert max(errors.values()) <= TOLERANCE, errors
 
 
-def test_float64_is_float64_throughout(load: Callable[..., Rwkv7]) -> None:
+def test_float64_is_float64_throughout(load: Callable[..., Rwkv]) -> None:
     """After `.double()` the gradient is the derivative, to far below what one step in float32 would leave."""
     model = load(**FILES["odd ranks"]).double()
     tokens, labels = random_tokens(511, 1, T), random_tokens(511, T, seed=2)
@@ -326,7 +326,7 @@ def test_float64_is_float64_throughout(load: Callable[..., Rwkv7]) -> None:
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [("bf16", 0.05), ("fp16", 0.005)])
-def test_half_precision_is_near(dtype: str, tolerance: float, load: Callable[..., Rwkv7]) -> None:
+def test_half_precision_is_near(dtype: str, tolerance: float, load: Callable[..., Rwkv]) -> None:
     tokens = random_tokens(257, 2, T)
     with torch.no_grad():
         want, want_state = load(**SMALL)(tokens)
@@ -337,7 +337,7 @@ def test_half_precision_is_near(dtype: str, tolerance: float, load: Callable[...
     assert difference(state.wkv, want_state.wkv) <= tolerance
 
 
-def test_rows_of_a_batch_do_not_see_each_other(load: Callable[..., Rwkv7]) -> None:
+def test_rows_of_a_batch_do_not_see_each_other(load: Callable[..., Rwkv]) -> None:
     model = load(**SMALL)
     tokens = random_tokens(257, 3, 20)
     with torch.no_grad():
@@ -348,7 +348,7 @@ def test_rows_of_a_batch_do_not_see_each_other(load: Callable[..., Rwkv7]) -> No
             assert difference(state[i : i + 1].wkv, last.wkv) <= 1e-5
 
 
-def test_the_given_state_is_not_changed(load: Callable[..., Rwkv7]) -> None:
+def test_the_given_state_is_not_changed(load: Callable[..., Rwkv]) -> None:
     model = load(**SMALL)
     with torch.no_grad():
         _, state = model(random_tokens(257, 1, 5))

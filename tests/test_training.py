@@ -29,7 +29,7 @@ from rwkv_peft.data.masking import Encoded
 from rwkv_peft.data.sampling import Batch, Dataset, collate, load_dataset, step_batches
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError, TrainingError
-from rwkv_peft.models import Rwkv7
+from rwkv_peft.models import Rwkv
 from rwkv_peft.training import loop
 from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.optim import build_optimizer
@@ -83,7 +83,7 @@ def adapter_bytes(result: RunResult) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def model(load: Callable[..., Rwkv7]) -> Rwkv7:
+def model(load: Callable[..., Rwkv]) -> Rwkv:
     """With an adapter that does something, and every part training."""
     model = rp.attach_adapter(load(layers=2), AdapterConfig(rank=4), ("time", "ln", "emb", "head"))
     generator = torch.Generator().manual_seed(8)
@@ -99,13 +99,13 @@ def dataset(config: TrainConfig) -> Dataset:
     return load_dataset(config, Tokenizer.byte())
 
 
-def gradients(model: Rwkv7) -> dict[str, Tensor]:
+def gradients(model: Rwkv) -> dict[str, Tensor]:
     found = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
     return found
 
 
-def step(model: Rwkv7, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+def step(model: Rwkv, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients as the loop makes them."""
     targets, total = sum(len(b.labels) for b in batches), 0.0
     for batch in batches:
@@ -115,7 +115,7 @@ def step(model: Rwkv7, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
     return total, gradients(model)
 
 
-def by_formula(model: Rwkv7, rows: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
+def by_formula(model: Rwkv, rows: list[Encoded]) -> tuple[float, dict[str, Tensor]]:
     """Each row alone, without padding: the targets' mean cross-entropy, and `PENALTY · max` at each arg-max."""
     targets, total = sum(row.targets for row in rows), 0.0
     for row in rows:
@@ -141,7 +141,7 @@ SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 @pytest.mark.parametrize(("micro_batch", "grad_accum"), SPLITS)
 def test_a_step_is_its_formula_however_it_is_cut(
-    micro_batch: int, grad_accum: int, model: Rwkv7, dataset: Dataset
+    micro_batch: int, grad_accum: int, model: Rwkv, dataset: Dataset
 ) -> None:
     batches = step_batches(dataset, 0, micro_batch, grad_accum, seed=0)
     same_rows = step_batches(dataset, 0, micro_batch * grad_accum, 1, seed=0)[0]
@@ -154,7 +154,7 @@ def test_a_step_is_its_formula_however_it_is_cut(
 
 @pytest.mark.parametrize("chunk", [257, 257 * 5])
 def test_a_step_with_the_loss_in_pieces(
-    chunk: int, model: Rwkv7, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
+    chunk: int, model: Rwkv, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     batches = step_batches(dataset, 0, 4, 2, seed=0)
     want = step(model, batches)
@@ -162,7 +162,7 @@ def test_a_step_with_the_loss_in_pieces(
     assert_same(step(model, batches), want, 1e-5)
 
 
-def test_padding_changes_nothing(model: Rwkv7, dataset: Dataset) -> None:
+def test_padding_changes_nothing(model: Rwkv, dataset: Dataset) -> None:
     """Not even its content: a long row beside short ones is the sum of each alone."""
     rows = sorted(dataset.rows, key=lambda row: -row.inputs)
     rows = [rows[0], *rows[-3:]]
@@ -181,7 +181,7 @@ def test_padding_changes_nothing(model: Rwkv7, dataset: Dataset) -> None:
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e9])
-def test_clipping(max_norm: float, model: Rwkv7, dataset: Dataset) -> None:
+def test_clipping(max_norm: float, model: Rwkv, dataset: Dataset) -> None:
     batch = step_batches(dataset, 0, 4, 1, seed=0)[0]
     batch_loss(model, batch, 0.0)[0].backward()
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -222,7 +222,7 @@ def test_the_schedule_is_what_a_run_uses(config: TrainConfig) -> None:
     assert [m["lr"] for m in metrics(run(config))] == [learning_rate(config, i, 5) for i in range(5)]
 
 
-def test_weight_decay_is_on_matrices_only(config: TrainConfig, load: Callable[..., Rwkv7]) -> None:
+def test_weight_decay_is_on_matrices_only(config: TrainConfig, load: Callable[..., Rwkv]) -> None:
     model = rp.attach_adapter(load(), AdapterConfig(rank=4), ("time", "ln", "emb", "head"))
     optimizer = build_optimizer(model, replace(config, lr=0.1, weight_decay=0.5, betas=(0.8, 0.95), adam_eps=1e-7))
     assert all((g["betas"], g["eps"]) == ((0.8, 0.95), 1e-7) for g in optimizer.param_groups)
@@ -235,7 +235,7 @@ def test_weight_decay_is_on_matrices_only(config: TrainConfig, load: Callable[..
         torch.testing.assert_close(p.detach(), before[name] * (0.95 if name in decayed else 1.0), msg=name)
 
 
-def test_full_tuning_decays_no_vector(config: TrainConfig, load: Callable[..., Rwkv7]) -> None:
+def test_full_tuning_decays_no_vector(config: TrainConfig, load: Callable[..., Rwkv]) -> None:
     model = load()
     groups = build_optimizer(model, replace(config, weight_decay=0.5)).param_groups
     names = {id(p): n for n, p in model.named_parameters()}
@@ -367,7 +367,7 @@ def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.
     """In the third step; the parameters are then those of the second, and are saved."""
     calls = []
 
-    def poisoned(model: Rwkv7, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
+    def poisoned(model: Rwkv, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
         loss, extra = batch_loss(model, batch, penalty)
         calls.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
         models.append(model)
@@ -375,7 +375,7 @@ def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.
             return (loss * float("nan"), extra) if where == "loss" else (loss, extra * float("inf"))
         return loss, extra
 
-    models: list[Rwkv7] = []
+    models: list[Rwkv] = []
     monkeypatch.setattr(loop, "batch_loss", poisoned)
     with pytest.raises(RwkvPeftError, match=rf"step 3: the {where} is (nan|inf); try a lower --lr") as caught:
         run(config, max_steps=5, logit_penalty=1.0)
@@ -429,7 +429,7 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, at: int, times: int) -> None:
     """Send this process SIGINT in the middle of a step."""
     calls = []
 
-    def interrupted(model: Rwkv7, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
+    def interrupted(model: Rwkv, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
         calls.append(1)
         for _ in range(times if len(calls) == at else 0):
             os.kill(os.getpid(), signal.SIGINT)

@@ -12,13 +12,13 @@ from .adapters import load_adapter
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .loading import load_model
-from .models import ModelState, Rwkv7
+from .models import ModelState, Rwkv
 
 
 class Session:
     """A model, and the state of what it has read and written so far."""
 
-    def __init__(self, model: Rwkv7, tokenizer: Tokenizer, state: ModelState | None = None) -> None:
+    def __init__(self, model: Rwkv, tokenizer: Tokenizer, state: ModelState | None = None) -> None:
         self.model, self.tokenizer, self.state = model, tokenizer, state
         self.logits: Tensor | None = None  # (V,) of the token that comes next
 
@@ -74,7 +74,7 @@ class StopTexts:
 
 
 def generate(
-    model: Rwkv7,
+    model: Rwkv,
     tokenizer: Tokenizer,
     prompt: str,
     max_tokens: int = 100,
@@ -101,7 +101,7 @@ def generate(
 
 
 @torch.no_grad()
-def answer_all(model: Rwkv7, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[str]:
+def answer_all(model: Rwkv, tokenizer: Tokenizer, prompts: Sequence[str], max_tokens: int) -> list[str]:
     """The likeliest continuation of each prompt up to the end token; all prompts at once, read as one packed row."""
     encoded = [tokenizer.encode(prompt) or [tokenizer.end_token] for prompt in prompts]
     device = model.like.device

@@ -10,13 +10,13 @@ from torch import Tensor, nn
 
 from .checkpoint import DTYPES, check_finite, fingerprint, read_tensors
 from .errors import CheckpointError, ConfigError
-from .models import Rwkv7, Rwkv7Sizes, find_version
+from .models import Rwkv, Sizes, find_version
 from .ops import choose_backend
 
 
 def load_model(
     path: Path | str, dtype: str = "fp32", device: str = "cpu", op: str = "auto", quant: str = "none"
-) -> Rwkv7:
+) -> Rwkv:
     """The model in a `.pth` or `.safetensors` file, in eval mode.
 
     Arguments:
@@ -45,12 +45,12 @@ def load_model(
     return model.eval()
 
 
-def read_sizes(path: Path | str) -> Rwkv7Sizes:
+def read_sizes(path: Path | str) -> Sizes:
     """The sizes of the model in a file, from its header alone. Raises CheckpointError as `load_model` does."""
     return check_model(path, read_tensors(path))[1]
 
 
-def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[Rwkv7], Rwkv7Sizes]:
+def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[Rwkv], Sizes]:
     """The class and the sizes of the model that `tensors` are.
 
     Raises CheckpointError if they are of another architecture, or if one is missing, left over or misshapen.
@@ -71,7 +71,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
         extra = sorted(shapes.keys() - expected.keys() - kind.unused)
         if extra:
             raise CheckpointError(
-                f"holds {len(extra)} tensors that a plain RWKV-7 model has not, e.g. {extra[0]}; "
+                f"holds {len(extra)} tensors that a plain {kind.title} model has not, e.g. {extra[0]}; "
                 "variants are not supported yet; get a plain model"
             )
     except CheckpointError as error:

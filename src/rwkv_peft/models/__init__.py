@@ -5,25 +5,26 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from ..errors import CheckpointError
+from .base import Rwkv
 from .rwkv7 import Rwkv7, Rwkv7Sizes
-from .state import ModelState
+from .state import ModelState, Sizes
 
-MODELS = {"x070": Rwkv7}
-_NOT_YET = {".att.time_maa_x": "an RWKV-6", ".att.time_faaaa": "an RWKV-5", ".att.time_first": "an RWKV-4"}
+MODELS: dict[str, type[Rwkv]] = {"x070": Rwkv7}
 
-__all__ = ["MODELS", "ModelState", "Rwkv7", "Rwkv7Sizes", "find_version"]
+__all__ = ["MODELS", "ModelState", "Rwkv", "Rwkv7", "Rwkv7Sizes", "Sizes", "find_version"]
 
 
-def find_version(names: Iterable[str]) -> type[Rwkv7]:
+def find_version(names: Iterable[str]) -> type[Rwkv]:
     """The class of the model whose tensors have these names. Raises CheckpointError if it is none that we know."""
     names = list(names)
     for kind in MODELS.values():
         if any(name.endswith(kind.mark) for name in names):
             return kind
-    older = next((what for mark, what in _NOT_YET.items() if any(n.endswith(mark) for n in names)), None)
+    older = any(name.endswith(".att.time_first") for name in names)
     what = (
-        f"holds {older} model"
+        "holds an RWKV-4 or early RWKV-5 model"
         if older
         else f"holds no RWKV model (its first tensors are {', '.join(names[:3]) or 'none'})"
     )
-    raise CheckpointError(f"{what}; only RWKV-7 (x070) is supported; get an RWKV-7 file")
+    known = ", ".join(f"{kind.title} ({version})" for version, kind in MODELS.items())
+    raise CheckpointError(f"{what}; supported are {known}; get such a file")

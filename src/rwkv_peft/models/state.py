@@ -10,10 +10,12 @@ from torch import Tensor
 
 
 class Sizes(Protocol):
-    """The sizes of a model that its state has too."""
+    """What the sizes of every version have."""
 
     @property
     def layers(self) -> int: ...
+    @property
+    def vocab_size(self) -> int: ...
     @property
     def width(self) -> int: ...
     @property

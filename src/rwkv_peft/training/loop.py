@@ -11,7 +11,7 @@ import torch
 from ..config import TrainConfig
 from ..data.sampling import Dataset, step_batches
 from ..errors import TrainingError
-from ..models import Rwkv7
+from ..models import Rwkv
 from .engine import SingleProcess
 from .metrics import Metrics, StepRecord
 from .schedule import learning_rate
@@ -20,7 +20,7 @@ from .step import batch_loss
 
 def train_loop(
     config: TrainConfig,
-    model: Rwkv7,
+    model: Rwkv,
     data: Dataset,
     optimizer: torch.optim.Optimizer,
     engine: SingleProcess,

@@ -22,7 +22,7 @@ from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import load_model, read_sizes
-from ..models import Rwkv7
+from ..models import Rwkv
 from ..yaml_config import to_yaml
 from .engine import SingleProcess
 from .loop import train_loop
@@ -78,7 +78,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
 
 
-def prepare(model: Rwkv7, config: TrainConfig) -> None:
+def prepare(model: Rwkv, config: TrainConfig) -> None:
     """Attach the adapter, and let what is to train, train."""
     torch.manual_seed(config.seed)
     if config.peft == "full":
@@ -89,7 +89,7 @@ def prepare(model: Rwkv7, config: TrainConfig) -> None:
     model.train()
 
 
-def save(model: Rwkv7, config: TrainConfig, out: Path) -> Path:
+def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
     """Write the adapter folder, or for full tuning the model in its base's number formats."""
     if config.peft != "full":
         save_adapter(model, out / "adapter")
@@ -105,13 +105,13 @@ def steps_of(config: TrainConfig, data: Dataset) -> int:
     return max(1, round(config.epochs * steps_per_epoch(data, config.micro_batch, config.grad_accum)))
 
 
-def describe(config: TrainConfig, model: Rwkv7, data: str, total: int) -> Iterator[str]:
+def describe(config: TrainConfig, model: Rwkv, data: str, total: int) -> Iterator[str]:
     """What the run is about to do, for people."""
     s = model.sizes
     count = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     number = str(model.dtype).removeprefix("torch.")
-    yield f"model  {model.source}: RWKV-7, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
+    yield f"model  {model.source}: {model.title}, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
     where = f"{number} on {model.like.device}, op {model.op.name}"
     yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {where}"
     if config.without_effect():
@@ -132,7 +132,7 @@ def check_out(out: Path) -> None:
         raise ConfigError(f"--out {out}: cannot be made in {home}; name a folder that you may write")
 
 
-def check_space(out: Path, model: Rwkv7) -> None:
+def check_space(out: Path, model: Rwkv) -> None:
     """Raise OutputError if what will be written at the end does not fit on the disk now."""
     need = sum(p.nbytes for p in model.parameters() if p.requires_grad) + 2**20  # and the metrics
     home = next(p for p in (out, *out.absolute().parents) if p.exists())

@@ -5,11 +5,11 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..data.sampling import Batch
-from ..models import Rwkv7
+from ..models import Rwkv
 from ..ops.loss import next_token_loss
 
 
-def batch_loss(model: Rwkv7, batch: Batch, logit_penalty: float) -> tuple[Tensor, Tensor]:
+def batch_loss(model: Rwkv, batch: Batch, logit_penalty: float) -> tuple[Tensor, Tensor]:
     """Sums over the batch's target tokens of the cross-entropy and of the logit penalty.
 
     Only the places that predict a target reach the head. Padding is on the right of every row: no token sees it.

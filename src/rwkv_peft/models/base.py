@@ -1,0 +1,210 @@
+"""What every RWKV version is: an embedding, layers of time-mix and channel-mix, a head. The versions differ in the mixes.
+
+Parameters have the names of the official files, where `att` is the time-mix (attention's place) and `ffn` the
+channel-mix. Axes: B rows, T tokens, D width, H heads, N head size, V vocabulary, L layers, S documents.
+"""
+
+from __future__ import annotations
+
+import re
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import ClassVar, NamedTuple, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..errors import CheckpointError
+from ..ops import Backend
+from .layers import Documents, LayerNorm, Linear
+from .state import ModelState, Sizes
+
+Shapes = Mapping[str, tuple[int, ...]]
+LN_EPS = 1e-5
+LN_X_EPS = 64e-5
+
+
+class Shared(NamedTuple):
+    """What the first layer hands to all others."""
+
+    embedded: Tensor
+    """(B,T,D) the normalised embedding of the tokens."""
+    v_first: Tensor
+    """(B,T,D) RWKV-7's value of the first layer."""
+
+
+class TimeMix(nn.Module, ABC):
+    """The recurrence and what prepares its inputs."""
+
+    time_parameters: ClassVar[tuple[str, ...]]
+    """Names of the vectors that are the part `time`."""
+    time_state: nn.Parameter | None
+    """(H,N,N) the learned initial state, where there is one: row = value index, column = key index."""
+    shift_state: nn.Parameter | None
+    """(D,) the same for the token shift."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("time_state", None)
+        self.register_parameter("shift_state", None)
+
+    @abstractmethod
+    def forward(
+        self, x: Tensor, wkv: Tensor, before: Tensor, shared: Shared, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Shared]:
+        """x (B,T,D), wkv (S,H,N,N), before (S,D) the last input → the output, and the last three after these tokens."""
+
+
+class ChannelMix(nn.Module, ABC):
+    """Two matrices with a squared ReLU between, on a token mixed with the one before."""
+
+    time_parameters: ClassVar[tuple[str, ...]]
+    shift_state: nn.Parameter | None
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_parameter("shift_state", None)
+
+    @abstractmethod
+    def forward(self, x: Tensor, before: Tensor, shared: Shared, documents: Documents) -> tuple[Tensor, Tensor]:
+        """x (B,T,D), before (S,D) → the output, and the last input."""
+
+
+class Block(nn.Module):
+    """One layer: time-mix, then channel-mix, each added to its input."""
+
+    def __init__(self, width: int, layer: int, att: TimeMix, ffn: ChannelMix) -> None:
+        super().__init__()
+        self.is_first = layer == 0
+        if self.is_first:
+            self.ln0 = LayerNorm(width, LN_EPS)
+        self.ln1 = LayerNorm(width, LN_EPS)
+        self.ln2 = LayerNorm(width, LN_EPS)
+        self.att = att
+        self.ffn = ffn
+
+    def forward(
+        self, x: Tensor, shared: Shared, wkv: Tensor, shift: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Shared, Tensor, Tensor]:
+        """x (B,T,D), wkv (S,H,N,N), shift (2,S,D) → the same after this layer."""
+        if self.is_first:
+            x = self.ln0(x)
+            shared = shared._replace(embedded=x)
+        out, wkv, att_last, shared = self.att(self.ln1(x), wkv, shift[0], shared, documents, op)
+        x = x + out
+        out, ffn_last = self.ffn(self.ln2(x), shift[1], shared, documents)
+        return x + out, shared, wkv, torch.stack((att_last, ffn_last))
+
+    def start(self, wkv: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
+        """The learned initial states in the place of zeros, wkv (S,H,N,N) and shift (2,S,D)."""
+        shift = torch.stack((_learned(self.att.shift_state, shift[0]), _learned(self.ffn.shift_state, shift[1])))
+        return _learned(self.att.time_state, wkv), shift
+
+
+class Rwkv(nn.Module, ABC):
+    """A model of any version. `op` is the backend of the recurrence; set it before calling."""
+
+    version: ClassVar[str]
+    """As file names have it, e.g. x070."""
+    title: ClassVar[str]
+    """For people, e.g. RWKV-7."""
+    mark: ClassVar[str]
+    """How the names in a file tell this version: one ends in it."""
+    unused: ClassVar[frozenset[str]] = frozenset()
+    """Tensors that official files hold and no program reads."""
+    op: Backend
+    like: Tensor
+    source: str = ""  # name of the file that the weights came from, and their fingerprint
+    fingerprint: str = ""
+
+    def __init__(self, sizes: Sizes) -> None:
+        super().__init__()
+        self.sizes = sizes
+        self.grad_checkpoint = False
+        # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
+        self.register_buffer("like", torch.empty(0), persistent=False)
+        self.emb = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.blocks = nn.ModuleList(Block(sizes.width, i, *self.mixes(sizes, i)) for i in range(sizes.layers))
+        self.ln_out = LayerNorm(sizes.width, LN_EPS)
+        self.head = Linear(sizes.width, sizes.vocab_size)
+
+    @staticmethod
+    @abstractmethod
+    def sizes_of(shapes: Shapes) -> Sizes:
+        """The sizes of the model whose tensors have these shapes. Raises CheckpointError if one is missing."""
+
+    @staticmethod
+    @abstractmethod
+    def mixes(sizes: Sizes, layer: int) -> tuple[TimeMix, ChannelMix]:
+        """The two halves of a layer."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the activations; weights that train may be stored in another."""
+        return self.like.dtype
+
+    def forward(
+        self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """Logits (B,T,V) of the token after each of `tokens` (B,T) int64, and the state after the last.
+
+        `state` is where the tokens begin; None is `initial_state`. With `cu_seqlens`, S+1 rising offsets from 0 to T,
+        B is 1 and the row holds S documents that do not see each other; `state` then has S entries. Raises ValueError
+        if the shapes do not fit.
+        """
+        x, state = self.hidden(tokens, state, cu_seqlens)
+        return self.head(x), state
+
+    def hidden(
+        self, tokens: Tensor, state: ModelState | None = None, cu_seqlens: Tensor | None = None
+    ) -> tuple[Tensor, ModelState]:
+        """As `forward`, but stops before the head: (B,T,D)."""
+        documents = Documents(tokens, cu_seqlens)
+        state = state or self.initial_state(documents.count)
+        if state.wkv.shape[1] != documents.count:
+            raise ValueError(f"state has {state.wkv.shape[1]} entries; the tokens hold {documents.count} documents")
+        x = self.emb(tokens).to(self.dtype)
+        shared = Shared(self.like, self.like)  # layer 0 sets both
+        wkv, shift = [], []
+        for block, wkv_in, shift_in in zip(self.blocks, state.wkv, state.shift, strict=True):
+            args = (x, shared, wkv_in, shift_in, documents, self.op)
+            if self.grad_checkpoint and torch.is_grad_enabled():
+                x, shared, wkv_out, shift_out = checkpoint(block, *args, use_reentrant=False)
+            else:
+                x, shared, wkv_out, shift_out = block(*args)
+            wkv.append(wkv_out)
+            shift.append(shift_out)
+        return self.ln_out(x), ModelState(torch.stack(wkv), torch.stack(shift))
+
+    def initial_state(self, documents: int = 1) -> ModelState:
+        """The state before any token: zeros, or what was learned where a layer has a `time_state` or `shift_state`."""
+        zeros = ModelState.zeros(self, documents)
+        starts = [
+            cast(Block, block).start(wkv, shift)
+            for block, wkv, shift in zip(self.blocks, zeros.wkv, zeros.shift, strict=True)
+        ]
+        return ModelState(torch.stack([wkv for wkv, _ in starts]), torch.stack([shift for _, shift in starts]))
+
+
+def _learned(value: Tensor | None, zero: Tensor) -> Tensor:
+    return zero if value is None else value.to(zero.dtype).expand_as(zero)
+
+
+def vector(*shape: int) -> nn.Parameter:
+    """A parameter without values yet."""
+    return nn.Parameter(torch.empty(*shape))
+
+
+def layers_of(shapes: Shapes) -> int:
+    """How many layers the names speak of."""
+    return len({m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
+
+
+def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:
+    """The shape of a tensor. Raises CheckpointError if it is missing, or has not so many axes."""
+    if name not in shapes:
+        raise CheckpointError(f"tensor {name} is missing; get the file again")
+    if len(shapes[name]) != axes or 0 in shapes[name]:
+        raise CheckpointError(f"tensor {name} has shape {shapes[name]}; it should have {axes} axes; get the file again")
+    return shapes[name]
