@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import math
 import multiprocessing
 import os
@@ -15,9 +17,20 @@ import torch
 from torch import Tensor
 
 import rwkv_peft as rp
-from rwkv_peft.models import Rwkv
+from rwkv_peft.models import Rwkv, find_version
 
 torch.set_num_threads(1)  # the models are so small that threads would only wait for one another
+
+
+def random_model(
+    version: str = "x070", flat: bool = False, dtype: torch.dtype = torch.float32, **sizes: Any
+) -> dict[str, Tensor]:
+    """Tensors of a model under their official names, random, at scales near a trained model's.
+
+    `flat` has the vectors as (D,), not (1,1,D); `sizes` are those that the version's own function takes.
+    """
+    tensors = RANDOM[version](**sizes)
+    return {n: (t.flatten() if flat and t.shape[:2] == (1, 1) else t).to(dtype) for n, t in tensors.items()}
 
 
 def random_rwkv7(
@@ -31,23 +44,12 @@ def random_rwkv7(
     dtype: torch.dtype = torch.float32,
     seed: int = 0,
 ) -> dict[str, Tensor]:
-    """Tensors of an RWKV-7 model under their official names, random, at scales near a trained model's.
-
-    `ranks` are those of w, a, v, g; `layer0_v` adds layer 0's unused `v0 v1 v2`, as official files have them.
-    """
-    torch.manual_seed(seed)
-    D, F = width, ffn or 4 * width
-    w: dict[str, Tensor] = {"emb.weight": torch.randn(vocab_size, D), "head.weight": torch.randn(vocab_size, D) * 0.1}
-
-    def norm(name: str) -> None:
-        w[f"{name}.weight"], w[f"{name}.bias"] = 1 + 0.1 * torch.randn(D), 0.1 * torch.randn(D)
-
-    norm("ln_out")
-    norm("blocks.0.ln0")
+    """`ranks` are those of w, a, v, g; `layer0_v` adds layer 0's unused `v0 v1 v2`, as official files have them."""
+    D, w = width, _begin(width, vocab_size, seed)
     for i in range(layers):
         b, att = f"blocks.{i}.", f"blocks.{i}.att."
         for name in ("ln1", "ln2", "att.ln_x"):
-            norm(b + name)
+            _norm(w, b + name, D)
         for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"):
             w[att + name] = torch.rand(1, 1, D)
         w[att + "w0"] = torch.randn(1, 1, D) * 2 - 2
@@ -59,23 +61,120 @@ def random_rwkv7(
                 w[f"{att}{letter}1"], w[f"{att}{letter}2"] = torch.randn(D, rank) / D**0.5, torch.randn(rank, D) * 0.3
         if i > 0 or layer0_v:
             w[att + "v0"] = torch.randn(1, 1, D)
-        for name in ("receptance", "key", "value", "output"):
-            w[f"{att}{name}.weight"] = torch.randn(D, D) / D**0.5
+        _matrices(w, att, "receptance key value output", D)
         w[b + "ffn.x_k"] = torch.rand(1, 1, D)
-        w[b + "ffn.key.weight"], w[b + "ffn.value.weight"] = (
-            torch.randn(F, D) / D**0.5,
-            torch.randn(D, F) / F**0.5 * 0.5,
-        )
+        _channel_mix(w, b + "ffn.", D, ffn or 4 * D)
     return {name: tensor.to(dtype) for name, tensor in w.items()}
+
+
+def random_rwkv7a(rank_s: int = 32, **sizes: Any) -> dict[str, Tensor]:
+    """`rank_s` is that of the channel-mix's own embedding; the PyPI package `rwkv` knows only 32."""
+    w = random_rwkv7(**sizes)
+    V, D = w["emb.weight"].shape
+    for key in [name for name in w if name.endswith("ffn.key.weight")]:
+        ffn, F, R = key.removesuffix("key.weight"), len(w[key]), rank_s
+        w[ffn + "s_emb.weight"], w[ffn + "s_emb_x.weight"] = torch.randn(V, R * R) * 0.2, _matrix(R * R, D) * 0.2
+        w[ffn + "s1"], w[ffn + "s2"] = torch.randn(D, R) / D**0.5, torch.randn(R, F) / R**0.5 * 0.5
+        w[ffn + "s0"] = 1 + 0.3 * torch.randn(1, 1, F)
+    return w
+
+
+def random_rwkv6(ranks: tuple[int, int] = (4, 8), **sizes: Any) -> dict[str, Tensor]:
+    """`ranks` are those of the mixes and of the decay."""
+
+    def mixes(w: dict[str, Tensor], att: str, D: int) -> None:
+        for name in "xwkvrg":
+            w[f"{att}time_maa_{name}"] = torch.rand(1, 1, D)
+        w[att + "time_maa_w1"] = torch.randn(D, 5 * ranks[0]) / D**0.5
+        w[att + "time_maa_w2"] = torch.randn(5, ranks[0], D) * 0.2
+        w[att + "time_decay"] = torch.randn(1, 1, D) * 1.5 - 2
+        w[att + "time_decay_w1"] = torch.randn(D, ranks[1]) / D**0.5
+        w[att + "time_decay_w2"] = torch.randn(ranks[1], D) * 0.3
+
+    return _random_gated("maa", mixes, **sizes)
+
+
+def random_rwkv5(**sizes: Any) -> dict[str, Tensor]:
+    """RWKV-5.2; it has no sizes of its own."""
+
+    def mixes(w: dict[str, Tensor], att: str, D: int) -> None:
+        for name in "kvrg":
+            w[f"{att}time_mix_{name}"] = torch.rand(1, 1, D)
+        w[att + "time_decay"] = torch.randn(D) * 1.5 - 2
+
+    return _random_gated("mix", mixes, **sizes)
+
+
+RANDOM = {"x070a": random_rwkv7a, "x070": random_rwkv7, "x060": random_rwkv6, "x052": random_rwkv5}
+
+
+def _random_gated(
+    kind: str,
+    mixes: Callable[[dict[str, Tensor], str, int], None],
+    layers: int = 2,
+    width: int = 64,
+    vocab_size: int = 257,
+    head_size: int = 32,
+    ffn: int | None = None,
+    seed: int = 0,
+) -> dict[str, Tensor]:
+    """What RWKV-5 and RWKV-6 share.
+
+    Keys and receptances are so small that the recurrence gives numbers of the size of the root of ln_x's epsilon;
+    else ln_x would undo any scale of `receptance`. The order is the official one: the PyPI package needs it.
+    """
+    D, w = width, _begin(width, vocab_size, seed)
+    for i in range(layers):
+        b, att, ffn_ = f"blocks.{i}.", f"blocks.{i}.att.", f"blocks.{i}.ffn."
+        _norm(w, b + "ln1", D)
+        _norm(w, b + "ln2", D)
+        mixes(w, att, D)
+        if kind == "mix":
+            w[att + "time_decay"] = w[att + "time_decay"].view(-1, head_size)
+        w[att + "time_faaaa"] = torch.randn(D // head_size, head_size)
+        _matrices(w, att, "receptance key value gate output", D)
+        w[att + "receptance.weight"] *= 0.05
+        w[att + "key.weight"] *= 0.1
+        _norm(w, att + "ln_x", D)
+        w[f"{ffn_}time_{kind}_k"], w[f"{ffn_}time_{kind}_r"] = torch.rand(2, 1, 1, D)
+        _channel_mix(w, ffn_, D, ffn or -(-7 * D // 64) * 32)
+        w[ffn_ + "receptance.weight"] = _matrix(D, D)
+    return w
+
+
+def _begin(D: int, vocab_size: int, seed: int) -> dict[str, Tensor]:
+    """What is outside the layers."""
+    torch.manual_seed(seed)
+    w = {"emb.weight": torch.randn(vocab_size, D), "head.weight": torch.randn(vocab_size, D) * 0.1}
+    _norm(w, "ln_out", D)
+    _norm(w, "blocks.0.ln0", D)
+    return w
+
+
+def _norm(w: dict[str, Tensor], name: str, D: int) -> None:
+    w[f"{name}.weight"], w[f"{name}.bias"] = 1 + 0.1 * torch.randn(D), 0.1 * torch.randn(D)
+
+
+def _matrix(rows: int, columns: int) -> Tensor:
+    return torch.randn(rows, columns) / columns**0.5
+
+
+def _matrices(w: dict[str, Tensor], att: str, names: str, D: int) -> None:
+    for name in names.split():
+        w[f"{att}{name}.weight"] = _matrix(D, D)
+
+
+def _channel_mix(w: dict[str, Tensor], ffn: str, D: int, F: int) -> None:
+    w[ffn + "key.weight"], w[ffn + "value.weight"] = _matrix(F, D), _matrix(D, F) * 0.5
 
 
 @pytest.fixture
 def model_file(tmp_path: Path) -> Callable[..., Path]:
-    """Write a random model: `model_file(layers=3, …)` gives the path of its `.pth`."""
+    """Write a random model: `model_file(version="x060", layers=3, …)` gives the path of its `.pth`."""
 
     def write(name: str = "base.pth", **sizes: object) -> Path:
         path = tmp_path / name
-        torch.save(random_rwkv7(**sizes), path)  # type: ignore[arg-type]
+        torch.save(random_model(**sizes), path)  # type: ignore[arg-type]
         return path
 
     return write
@@ -83,7 +182,7 @@ def model_file(tmp_path: Path) -> Callable[..., Path]:
 
 @pytest.fixture
 def load(model_file: Callable[..., Path]) -> Callable[..., Rwkv]:
-    """Load a random model: `load(layers=3, op="reference", …)`; `dtype` is the file's, `as_dtype` the model's."""
+    """Load a random model: `load(version="x060", op="reference", …)`; `dtype` is the file's, `as_dtype` the model's."""
 
     def make(as_dtype: str = "fp32", op: str = "auto", **sizes: object) -> Rwkv:
         return rp.load_model(model_file(**sizes), as_dtype, op=op)
@@ -109,31 +208,53 @@ def random_tokens(vocab_size: int, *shape: int, seed: int = 1) -> Tensor:
 
 
 class PypiRwkv:
-    """The PyPI package `rwkv` in a process of its own, since its environment is read at import."""
+    """The PyPI package `rwkv`, a process for each family of versions, since its environment is read at import."""
 
-    def __init__(self, pool: ProcessPoolExecutor) -> None:
-        self.pool = pool
+    def __init__(self) -> None:
+        self.pools: dict[str, ProcessPoolExecutor] = {}
 
-    def __call__(self, path: Path, tokens: list[int], singly: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """Logits (T,V), wkv state (L,H,N,N) and shift state (L,2,D) of an RWKV-7 `.pth` file, in float32.
+    def __call__(
+        self, path: Path, tokens: list[int], singly: bool = False, wkv: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Logits (T,V), wkv state (L,H,N,N) and shift state (L,2,D) of a `.pth` file of any version, in float32.
 
-        With `singly`, token by token, which is other code there.
+        With `singly`, token by token, which is other code there. `wkv` (L,H,N,N) is where an RWKV-7 begins.
         """
-        return tuple(torch.from_numpy(x) for x in self.pool.submit(_run_rwkv, str(path), tokens, singly).result())  # type: ignore[return-value]
+        version = find_version(torch.load(path, mmap=True, weights_only=True)).version
+        family = version if version in FAMILIES else "older"
+        if family not in self.pools:
+            self.pools[family] = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+        start = None if wkv is None else wkv.numpy()
+        found = self.pools[family].submit(_run_rwkv, FAMILIES[family], str(path), tokens, singly, start).result()
+        logits, states, shift = (torch.from_numpy(x) for x in found)
+        return logits, states.transpose(-1, -2) if family == "older" else states, shift  # there (L,H,key,value)
 
 
 @pytest.fixture(scope="session")
 def pypi_rwkv() -> Iterator[PypiRwkv]:
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        yield PypiRwkv(pool)
+    program = PypiRwkv()
+    yield program
+    for pool in program.pools.values():
+        pool.shutdown()
 
 
-def _run_rwkv(path: str, tokens: list[int], singly: bool) -> list[Any]:
-    os.environ |= {"RWKV_V7_ON": "1", "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
-    from rwkv.model import RWKV
+FAMILIES = {
+    "x070": {"RWKV_V7_ON": "1"},
+    "x070a": {"RWKV_V7_ON": "1", "RWKV_DE_VERSION": "1"},
+    "older": {"RWKV_V7_ON": "0"},
+}
 
-    model = RWKV(path.removesuffix(".pth"), "cpu fp32")
-    state = model.generate_zero_state()
+
+def _run_rwkv(family: dict[str, str], path: str, tokens: list[int], singly: bool, wkv: Any) -> list[Any]:
+    os.environ |= {**family, "RWKV_CUDA_ON": "0", "RWKV_JIT_ON": "0"}
+    with contextlib.redirect_stdout(io.StringIO()):
+        from rwkv.model import RWKV
+
+        model = RWKV(path.removesuffix(".pth"), "cpu fp32")
+    state = None
+    if wkv is not None:
+        state = model.generate_zero_state()
+        state[1::3] = list(torch.from_numpy(wkv))
     if singly:
         rows = []
         for token in tokens:

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "adapters": {"checkpoint", "quant", "models"},
     "loading": {"checkpoint", "models", "ops", "quant", "adapters"},
     "training": READERS | {"yaml_config"},
-    "inference": READERS,
+    "inference": READERS | {"export"},
     "chat_repl": READERS | {"inference"},
     "export": READERS,
     "plan": READERS,

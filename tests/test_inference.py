@@ -324,7 +324,7 @@ def test_chat_leaves_the_state_that_training_would_see(
 def test_chat_in_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     """The system text before the first turn, and again after /reset; blank lines are nothing."""
     lines, prompts = iter(["one", "", "  two ", "/reset", "three", "/exit", "never"]), []
-    session = SimpleNamespace(state="something")
+    session = SimpleNamespace(state="something", start=None)
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
     monkeypatch.setattr(chat_repl, "reply", lambda s, prompt, config: prompts.append((prompt, s.state)))

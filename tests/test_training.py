@@ -306,7 +306,7 @@ def test_what_a_run_leaves(config: TrainConfig) -> None:
     names = {p.relative_to(config.out).as_posix() for p in config.out.rglob("*") if p.is_file()}
     folder = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "rwkv_peft.json")
     assert names == {"config.yaml", "metrics.jsonl", "loss.png", "log.txt", *(f"adapter/{name}" for name in folder)}
-    assert (config.out / "config.yaml").read_text() == to_yaml(config)
+    assert (config.out / "config.yaml").read_text() == to_yaml(config.resolved())
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     records = metrics(result)
     keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "vram_gib"]

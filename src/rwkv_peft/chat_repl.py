@@ -21,7 +21,7 @@ def run_chat(config: ChatConfig) -> None:
     first = True
     while (line := _ask()) is not None:
         if line == "/reset":
-            session.state, first = None, True
+            session.state, first = session.start, True
             print("(begun anew)")
         elif line:
             messages = [("system", config.system)] if first and config.system else []

@@ -17,12 +17,13 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__, config
-from .config import ADVANCED, ESCAPES, ChatConfig, DemoConfig, GenerateConfig, MergeConfig, TrainConfig
+from .config import ADVANCED, ESCAPES, ChatConfig, DemoConfig, GenerateConfig, MergeConfig, TrainConfig, flag_of
 from .errors import ConfigError, RwkvPeftError
 from .yaml_config import build, convert, read_yaml, settings_of, suggestion
 
 PROGRAM = "rwkv-peft"
 FAILED, INTERRUPTED, PIPE_CLOSED = 2, 130, 141
+POSITIONAL = "words"
 HELP_FLAGS = ("-h", "--help", "--help-all")
 
 
@@ -103,18 +104,32 @@ def parse(name: str, argv: Sequence[str]) -> Any:
     for word in strange:
         flag = word.partition("=")[0]
         if flag.startswith("--"):
-            raise ConfigError(f"{flag}: unknown flag{suggestion(flag, map(as_flag, settings))}")
+            raise ConfigError(f"{flag}: unknown flag{suggestion(flag, map(flag_of, settings))}")
         raise ConfigError(f"{word!r}: unexpected; a value stands behind its flag")
     given = vars(found)
+    place(command, given)
     file = given.pop("config", None)
     values = read_yaml(Path(file), command.kind) if file else {}
     for key, words in given.items():
         escapes = ESCAPES in settings[key].marks
-        values[key] = convert(unescaped(words) if escapes else words, settings[key].hint, as_flag(key))
-    missing = [as_flag(key) for key, setting in settings.items() if setting.default is MISSING and key not in values]
+        values[key] = convert(unescaped(words) if escapes else words, settings[key].hint, flag_of(key))
+    missing = [flag_of(key) for key, setting in settings.items() if setting.default is MISSING and key not in values]
     if missing:
         raise ConfigError(f"{' '.join(missing)}: missing; give a value here, or in a --config file")
     return build(command.kind, values)
+
+
+def place(command: Command, given: dict[str, Any]) -> None:
+    """Give the words without a flag to the settings that may be given so; what is many takes all in the middle."""
+    words, settings = given.pop(POSITIONAL, []), settings_of(command.kind)
+    names = [name for name in command.positional if name not in given] if words else []
+    if len(words) > len(names) and any(get_origin(settings[name].hint) is list for name in names):
+        many = next(i for i, name in enumerate(names) if get_origin(settings[name].hint) is list)
+        extra = len(words) - len(names)
+        words[many : many + extra + 1] = [words[many : many + extra + 1]]
+    if len(words) > len(names):
+        raise ConfigError(f"{words[len(names)]!r}: unexpected; a value stands behind its flag")
+    given |= dict(zip(names, words, strict=False))
 
 
 class Parser(argparse.ArgumentParser):
@@ -138,15 +153,16 @@ def parser(name: str, everything: bool) -> Parser:
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
     )
-    for key in command.positional:
-        result.add_argument(key, nargs="?", metavar=key.upper(), help=f"the same as {as_flag(key)}")
+    if command.positional:
+        forms = " ".join(map(str.upper, command.positional))
+        result.add_argument(POSITIONAL, nargs="*", metavar=forms, help="the same as the flags of these names")
     for key, setting in settings.items():
         text = f"{docs[key]} {default_text(setting.default)}".strip().replace("%", "%%")
         shown = argparse.SUPPRESS if key in hidden else text.replace("`", "")
-        if setting.hint is bool:
-            result.add_argument(as_flag(key), action=argparse.BooleanOptionalAction, help=shown)
+        if bool in (setting.hint, *get_args(setting.hint)):
+            result.add_argument(flag_of(key), action=argparse.BooleanOptionalAction, help=shown)
         else:
-            result.add_argument(as_flag(key), help=shown, **value_form(setting.hint))
+            result.add_argument(flag_of(key), help=shown, **value_form(setting.hint))
     result.add_argument("--config", metavar="FILE", help="Read settings from a YAML file; flags override it.")
     return result
 
@@ -188,16 +204,11 @@ def unescaped(words: str | list[str]) -> str | list[str]:
     return words.replace("\\n", "\n") if isinstance(words, str) else [word.replace("\\n", "\n") for word in words]
 
 
-def as_flag(name: str) -> str:
-    """A setting's flag."""
-    return "--" + name.replace("_", "-")
-
-
 def default_text(default: Any) -> str:
     """The end of a setting's help; where the default is no plain value, the docstring says what it means."""
     if default is MISSING:
         return "(required)"
-    if default is None or default is False or default in ("auto", "same", "", ()):
+    if default is None or default is False or default in ("auto", "same", "", (), ("auto",)):
         return ""
     values = default if isinstance(default, tuple) else (default,)
     text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)
@@ -238,7 +249,11 @@ def merge(config: MergeConfig) -> None:
     """Merge, and say where the file is."""
     from .export.merge import merge
 
-    print(merge(config.base, config.adapter, config.out, config.dtype, config.overwrite))
+    print(
+        merge(
+            config.base, config.adapter, config.out, config.dtype, config.overwrite, config.alpha, config.pissa_init
+        )
+    )
 
 
 def generate(config: GenerateConfig) -> None:

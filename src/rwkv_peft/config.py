@@ -6,15 +6,30 @@ themselves are here, in `check`; those that need a file or a device are where th
 
 from __future__ import annotations
 
+import json
 import math
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
+from difflib import get_close_matches
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from .errors import ConfigError
 
-TRAIN_PARTS = ("time", "ln", "emb", "head")
-ADAPTER_ONLY = ("rank", "alpha", "dropout", "targets", "train_parts")  # settings that full tuning has no use for
+TRAIN_PARTS = ("time", "ln", "emb", "head", "state", "shift")
+METHODS = ("lora", "pissa", "bone", "bat", "state", "full")
+ALIASES = {"miss": "bone", "disha": "bone"}  # other names of a method
+LR_STATE = 0.1
+FOREIGN = "peft:"  # before the name of a method of Hugging Face PEFT
+# settings of one method or a few, and which
+MEANT_FOR = {
+    "rank": ("lora", "pissa", "bone", "bat"),
+    "alpha": ("lora", "pissa"),
+    "dropout": ("lora", "pissa"),
+    "targets": ("lora", "pissa", "bone", "bat"),
+    "rank_stabilised": ("lora",),
+    "dora": ("lora",),
+    "svd_iterations": ("pissa",),
+}
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Op = Literal["auto", "torch", "reference"]
@@ -31,27 +46,50 @@ ESCAPES = "escapes"  # in a flag's text, a backslash and n stand for a line brea
 class AdapterConfig:
     """What `attach_adapter` adds to a model."""
 
-    peft: Literal["lora"] = "lora"
-    """Method."""
+    peft: str = "lora"
+    """Method: lora, pissa, bone (= miss), bat, state, or `peft:METHOD` for any other of Hugging Face PEFT."""
     rank: int = 32
-    """Inner dimension of each adapter."""
+    """Inner dimension of each adapter; bone and bat: width of a block."""
     alpha: float | None = None
-    """Scale: the adapter's product is multiplied by alpha/rank. [2 * rank]"""
+    """Scale: the adapter's product is multiplied by alpha/rank. [2 * rank; pissa: rank]"""
     dropout: float = 0.0
     """Probability of zeroing an input of the adapter while training, from 0 to below 1."""
     targets: tuple[str, ...] = ()
     """Matrices to adapt, by the end of their name, e.g. `att.key` or `key`. [all matrices of att and ffn]"""
+    rank_stabilised: bool = False
+    """LoRA: scale by alpha/sqrt(rank) instead of alpha/rank, so that high ranks learn as fast."""
+    dora: bool = False
+    """LoRA: train the length of each row of the matrix apart from its direction (DoRA)."""
+    svd_iterations: int = 4
+    """PiSSA: rounds of the randomised SVD; 0 takes the exact one, which is slower."""
+    peft_config: dict[str, Any] = field(default_factory=dict)
+    """For `peft:METHOD`: the settings of PEFT's own config class."""
 
     def __post_init__(self) -> None:
+        self.peft = ALIASES.get(self.peft, self.peft)
         self.targets = words(self.targets)
 
+    @property
+    def scale(self) -> float:
+        """What a LoRA's product is multiplied by."""
+        if self.alpha is None:
+            return 1.0 if self.peft == "pissa" else 2.0
+        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+
     def check(self) -> None:
-        """Raise `ConfigError` where a value is out of range."""
+        """Raise `ConfigError` where a value is out of range, or means nothing for the method."""
+        check_method(self.peft)
         at_least("--rank", self.rank, 1, "try 8, 16 or 32")
+        at_least("--svd-iterations", self.svd_iterations, 0, "0 is the exact SVD, 4 is usual")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigError(f"--alpha {self.alpha}: must be above 0 and finite; twice the rank is usual")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout {self.dropout}: must be from 0 to below 1; try 0.05")
+        for name in ("rank_stabilised", "dora"):
+            if getattr(self, name) and self.peft not in MEANT_FOR[name]:
+                raise ConfigError(f"{flag_of(name)}: only with --peft lora, not {self.peft}; leave it out")
+        if self.peft_config and not self.peft.startswith(FOREIGN):
+            raise ConfigError(f"--peft-config: only with --peft peft:METHOD, not {self.peft}; leave it out")
 
 
 @dataclass
@@ -64,20 +102,35 @@ class TrainConfig:
     """JSONL files whose lines hold `text`, `messages`, `conversations`, or two fields named by --fields."""
     out: Path
     """Folder of this run; must be new or empty."""
-    peft: Literal["lora", "full"] = "lora"
-    """Method: `lora` trains an adapter, `full` every weight."""
+    peft: str = "lora"
+    """Method: lora, pissa, bone (= miss), bat, state, full, or `peft:METHOD` for any other of Hugging Face PEFT."""
     rank: int = 32
-    """Inner dimension of each adapter."""
+    """Inner dimension of each adapter; bone and bat: width of a block."""
     alpha: float | None = None
-    """Scale: the adapter's product is multiplied by alpha/rank. [2 * rank]"""
+    """Scale: the adapter's product is multiplied by alpha/rank. [2 * rank; pissa: rank]"""
     dropout: Annotated[float, ADVANCED] = 0.0
     """Probability of zeroing an input of the adapter while training, from 0 to below 1."""
     targets: Annotated[tuple[str, ...], ADVANCED] = ()
     """Matrices to adapt, by the end of their name, e.g. `att.key` or `key`. [all matrices of att and ffn]"""
-    train_parts: tuple[str, ...] = ("time", "ln")
-    """Parts trained in full beside the adapter: time ln emb head, or none."""
+    rank_stabilised: Annotated[bool, ADVANCED] = False
+    """LoRA: scale by alpha/sqrt(rank) instead of alpha/rank, so that high ranks learn as fast."""
+    dora: Annotated[bool, ADVANCED] = False
+    """LoRA: train the length of each row of the matrix apart from its direction (DoRA)."""
+    svd_iterations: Annotated[int, ADVANCED] = 4
+    """PiSSA: rounds of the randomised SVD; 0 takes the exact one, which is slower."""
+    peft_config: Annotated[str, ADVANCED] = ""
+    """For `peft:METHOD`: the settings of PEFT's own config class, as JSON or the path of a JSON file."""
+    train_parts: tuple[str, ...] = ("auto",)
+    """Parts trained in full beside the adapter: time ln emb head, state and shift (the learned initial state and token
+    shifts), or none. [time ln; none with --peft state]"""
+    adapter: Path | None = None
+    """Go on training this adapter: a folder, or a `.pth` of the original program. Its method and sizes hold."""
+    pissa_init: Annotated[Path | None, ADVANCED] = None
+    """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
     fields: tuple[str, str] | None = None
     """The two fields of a line that are prompt and response, e.g. `--fields question answer`."""
+    split: Annotated[str, ADVANCED] = "train"
+    """Which examples: `train` is all, `train[:1000]` the first thousand, `train[10%:]` all but the first tenth."""
     tokenizer: Annotated[TokenizerName, ADVANCED] = "auto"
     """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
     ctx_len: int = 1024
@@ -94,20 +147,30 @@ class TrainConfig:
     """Passes over the data; --max-steps ends the run earlier."""
     max_steps: int | None = None
     """Optimiser steps, however many epochs they take. [as --epochs says]"""
-    lr: float = 2e-4
-    """Peak learning rate."""
-    lr_final: float = 2e-5
-    """Learning rate at the last step."""
-    schedule: Literal["cosine", "constant"] = "cosine"
-    """Learning rate after the warm-up."""
+    lr: float | None = None
+    """Peak learning rate. [2e-4; full: 2e-5; state: that of --lr-state]"""
+    lr_final: float | None = None
+    """Learning rate at the last step. [a tenth of --lr]"""
+    lr_state: Annotated[float | None, ADVANCED] = None
+    """Peak learning rate of a learned initial state, which wants a high one. [--lr with --peft state, else 0.1]"""
+    layerwise_lr: Annotated[bool | None, ADVANCED] = None
+    """Twice the rate for the decays (RWKV-7 `w0`, RWKV-5/6 `time_decay`), as the original does. [with full only]"""
+    schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
+    """Learning rate after the warm-up; wsd stays at the peak, and falls at the end."""
     warmup_steps: int = 10
     """Steps over which the learning rate rises from 0."""
+    wsd_decay: Annotated[float, ADVANCED] = 0.2
+    """Share of the steps over which wsd falls, from 0 to 1."""
+    optim: Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adam-mini", "adafactor", "muon"] = "adamw"
+    """Optimiser."""
     weight_decay: Annotated[float, ADVANCED] = 0.0
-    """AdamW's decay, on matrices only."""
+    """Decay of the weights at each step, on matrices only."""
+    weight_decay_final: Annotated[float | None, ADVANCED] = None
+    """Weight decay at the last step, reached along a cosine. [--weight-decay throughout]"""
     betas: Annotated[tuple[float, float], ADVANCED] = (0.9, 0.99)
-    """AdamW's averaging factors."""
+    """The optimiser's averaging factors."""
     adam_eps: Annotated[float, ADVANCED] = 1e-8
-    """AdamW's epsilon."""
+    """The optimiser's epsilon."""
     clip: Annotated[float, ADVANCED] = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     logit_penalty: Annotated[float, ADVANCED] = 1e-4
@@ -126,11 +189,30 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.model, self.out = Path(self.model), Path(self.out)
         self.data = [Path(path) for path in words(self.data)]
+        self.peft = ALIASES.get(self.peft, self.peft)
         self.targets, self.train_parts = words(self.targets), words(self.train_parts)
+
+    def resolved(self) -> TrainConfig:
+        """A copy in which every setting that depends on others has its value. Call `check` first."""
+        is_state, is_full = self.peft == "state", self.peft == "full"
+        lr = self.lr or (self.lr_state or LR_STATE if is_state else 2e-5 if is_full else 2e-4)
+        return replace(
+            self,
+            train_parts=self.parts() or ("none",),
+            lr=lr,
+            lr_final=lr / 10 if self.lr_final is None else self.lr_final,
+            lr_state=self.lr_state or (lr if is_state else LR_STATE),
+            layerwise_lr=is_full if self.layerwise_lr is None else self.layerwise_lr,
+            weight_decay_final=self.weight_decay if self.weight_decay_final is None else self.weight_decay_final,
+        )
 
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range or two settings contradict each other."""
-        self.adapter().check()
+        check_method(self.peft, allowed=METHODS)
+        if self.peft != "full":
+            self.adapter_config().check()
+        elif self.adapter is not None:
+            raise ConfigError("--adapter: not with --peft full, which trains every weight; merge the adapter first")
         self.parts()
         for flag, value in (
             ("--ctx-len", self.ctx_len), ("--micro-batch", self.micro_batch), ("--grad-accum", self.grad_accum),
@@ -138,18 +220,18 @@ class TrainConfig:
             at_least(flag, value, 1, "try 1024" if flag == "--ctx-len" else "try 1")
         if self.max_steps is not None:
             at_least("--max-steps", self.max_steps, 1, "leave it out to follow --epochs")
-        if self.epochs <= 0:
-            raise ConfigError(f"--epochs {self.epochs}: must be above 0; try 1")
-        if self.lr <= 0 or self.lr_final < 0:
-            raise ConfigError(
-                f"--lr {self.lr} --lr-final {self.lr_final}: must be above 0 and at least 0; try 2e-4 2e-5"
-            )
+        for flag, number in (("--epochs", self.epochs), ("--lr", self.lr), ("--lr-state", self.lr_state)):
+            if number is not None and not number > 0:
+                raise ConfigError(f"{flag} {number}: must be above 0; try {'1' if flag == '--epochs' else '2e-4'}")
         for flag, number in (
             ("--warmup-steps", self.warmup_steps), ("--weight-decay", self.weight_decay), ("--clip", self.clip),
-            ("--logit-penalty", self.logit_penalty), ("--seed", self.seed),
+            ("--logit-penalty", self.logit_penalty), ("--seed", self.seed), ("--lr-final", self.lr_final),
+            ("--weight-decay-final", self.weight_decay_final),
         ):  # fmt: skip
-            if number < 0:
+            if number is not None and number < 0:
                 raise ConfigError(f"{flag} {number}: must be at least 0")
+        if not 0 <= self.wsd_decay <= 1:
+            raise ConfigError(f"--wsd-decay {self.wsd_decay}: must be from 0 to 1; try 0.2")
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ConfigError(f"--betas {self.betas[0]} {self.betas[1]}: both must be from 0 to below 1; try 0.9 0.99")
         if self.adam_eps <= 0:
@@ -159,19 +241,31 @@ class TrainConfig:
 
     def without_effect(self) -> list[str]:
         """Flags of settings that were changed, but mean nothing for the method."""
-        given = [f.name for f in fields(self) if f.name in ADAPTER_ONLY and getattr(self, f.name) != f.default]
-        return ["--" + name.replace("_", "-") for name in given] if self.peft == "full" else []
+        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        foreign = self.peft.startswith(FOREIGN)
+        idle = [
+            flag_of(name)
+            for name, methods in MEANT_FOR.items()
+            if name in changed and self.peft not in methods and not (foreign and name == "targets")
+        ]
+        beside = {"time", "ln", "emb", "head"} & set(self.train_parts)  # full trains these anyway
+        return [*idle, "--train-parts"] if beside and self.peft == "full" else idle
 
     def parts(self) -> tuple[str, ...]:
-        """The trainable parts asked for, with `none` resolved. Raises `ConfigError` on an unknown name."""
-        parts = () if self.train_parts == ("none",) else self.train_parts
+        """The trainable parts asked for, with the default and `none` resolved. Raises `ConfigError` on an unknown."""
+        parts = self.train_parts if self.train_parts != ("none",) else ()
+        if parts == ("auto",):
+            parts = ("time", "ln") if self.peft not in ("state", "full") and self.adapter is None else ()
         for part in parts:
             check_part(part)
         return parts
 
-    def adapter(self) -> AdapterConfig:
+    def adapter_config(self) -> AdapterConfig:
         """The adapter's settings as `attach_adapter` takes them."""
-        return AdapterConfig("lora", self.rank, self.alpha, self.dropout, tuple(self.targets))
+        return AdapterConfig(
+            self.peft, self.rank, self.alpha, self.dropout, tuple(self.targets), self.rank_stabilised, self.dora,
+            self.svd_iterations, read_peft_config(self.peft_config),
+        )  # fmt: skip
 
 
 @dataclass
@@ -180,14 +274,21 @@ class MergeConfig:
 
     base: Path
     """The model that the adapter was trained on."""
-    adapter: Path
-    """Adapter folder."""
+    adapter: list[Path]
+    """Adapter folder, or an adapter `.pth` of the original program; of several, each adds its own change."""
     out: Path
     """File to write: `.pth` or `.safetensors`."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Number format of the written tensors. [each as in the base]"""
     overwrite: bool = False
     """Replace the file if it exists."""
+    alpha: float | None = None
+    """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
+    pissa_init: Path | None = None
+    """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
+
+    def __post_init__(self) -> None:
+        self.adapter = [Path(path) for path in words(self.adapter)]
 
 
 @dataclass
@@ -220,8 +321,14 @@ class InferenceConfig:
 
     model: Path
     """Model file: `.pth` or `.safetensors`."""
-    adapter: Path | None = None
-    """Adapter folder trained on that model."""
+    adapter: tuple[Path, ...] = ()
+    """Adapter folder trained on that model, or an adapter `.pth` of the original program; several add up."""
+    state: Path | None = None
+    """State file to begin with, e.g. `state.pth` of a state tuning. [the adapter's, or none]"""
+    alpha: float | None = None
+    """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
+    pissa_init: Path | None = None
+    """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
     tokenizer: TokenizerName = "auto"
     """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
@@ -231,6 +338,9 @@ class InferenceConfig:
     op: Op = "auto"
     """Operator of the recurrence. [the best that runs here]"""
     sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        self.adapter = tuple(Path(path) for path in words(self.adapter))
 
 
 @dataclass
@@ -261,6 +371,32 @@ def check_part(part: str) -> None:
     """Raise `ConfigError` if no part of a model is called so."""
     if part not in TRAIN_PARTS:
         raise ConfigError(f"--train-parts {part}: allowed are {' '.join(TRAIN_PARTS)}, or none alone")
+
+
+def check_method(peft: str, allowed: tuple[str, ...] = METHODS[:-1]) -> None:
+    """Raise `ConfigError` if no method is called so."""
+    if peft not in allowed and not (peft.startswith(FOREIGN) and len(peft) > len(FOREIGN)):
+        near = get_close_matches(peft, [*allowed, *ALIASES], n=1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise ConfigError(f"--peft {peft}: unknown; allowed are {' '.join(allowed)} and peft:METHOD{hint}")
+
+
+def read_peft_config(text: str) -> dict[str, Any]:
+    """The object that `text` is as JSON, or that the JSON file of that name holds. Raises `ConfigError`."""
+    if not text.strip():
+        return {}
+    try:
+        found = json.loads(text if text.lstrip().startswith("{") else Path(text).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"--peft-config {text}: no JSON object, nor a file of one ({error})") from error
+    if not isinstance(found, dict):
+        raise ConfigError(f"--peft-config {text}: must be a JSON object, e.g. '{{\"r\": 8}}'")
+    return found
+
+
+def flag_of(name: str) -> str:
+    """A setting's flag."""
+    return "--" + name.replace("_", "-")
 
 
 def words(value: Any) -> tuple[Any, ...]:

@@ -59,7 +59,7 @@ def demo_settings(out: Path) -> TrainConfig:
     return TrainConfig(
         model=BASE, data=[TRAIN_DATA], out=out, peft="lora", rank=16, ctx_len=256, micro_batch=16, max_steps=100,
         lr=2e-3, lr_final=1e-4, warmup_steps=5, device="cpu",
-    )  # fmt: skip
+    ).resolved()  # fmt: skip
 
 
 def heldout() -> list[tuple[str, str]]:

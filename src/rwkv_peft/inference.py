@@ -11,6 +11,7 @@ from torch import Tensor
 from .adapters import load_adapter
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
+from .export.states import check_state, load_state
 from .loading import load_model
 from .models import ModelState, Rwkv
 
@@ -20,6 +21,7 @@ class Session:
 
     def __init__(self, model: Rwkv, tokenizer: Tokenizer, state: ModelState | None = None) -> None:
         self.model, self.tokenizer, self.state = model, tokenizer, state
+        self.start = state  # None is the model's own
         self.logits: Tensor | None = None  # (V,) of the token that comes next
 
     @torch.no_grad()
@@ -135,9 +137,15 @@ def open_session(config: InferenceConfig) -> Session:
     """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
     config.sampling.check()
     model = load_model(config.model, config.dtype, config.device, config.op)
-    if config.adapter is not None:
-        load_adapter(model, config.adapter)
-    return Session(model, tokenizer_for(config.tokenizer, model.sizes.vocab_size))
+    for adapter in config.adapter:
+        is_file = adapter.is_file()
+        load_adapter(model, adapter, config.alpha if is_file else None, config.pissa_init if is_file else None)
+    tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
+    if config.state is None:
+        return Session(model, tokenizer)
+    state = load_state(config.state)
+    check_state(model, state, config.state)
+    return Session(model, tokenizer, state.to(model.like.device))
 
 
 def run_generate(config: GenerateConfig) -> None:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from .adapters.state_tuning import STATES, add_shift, add_state
 from .checkpoint import DTYPES, check_finite, fingerprint, read_tensors
 from .errors import CheckpointError, ConfigError
 from .models import Rwkv, Sizes, find_version
@@ -17,7 +19,7 @@ from .ops import choose_backend
 def load_model(
     path: Path | str, dtype: str = "fp32", device: str = "cpu", op: str = "auto", quant: str = "none"
 ) -> Rwkv:
-    """The model in a `.pth` or `.safetensors` file, in eval mode.
+    """The model in a `.pth` or `.safetensors` file, in eval mode; it begins in the learned state that the file holds.
 
     Arguments:
         dtype: `fp32`, `bf16` or `fp16`, for weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU.
@@ -33,13 +35,14 @@ def load_model(
     number = find_dtype(dtype, place)
     tensors = read_tensors(path)
     kind, sizes = check_model(path, tensors)
-    with torch.device("meta"):
-        model = kind(sizes)
+    model = _without_values(kind, sizes, tensors)
     backend = choose_backend(op, place, sizes.head_size)
     for name in [n for n, _ in model.named_parameters()]:
         check_finite(path, name, tensors[name])
+        kept = torch.float32 if name.endswith(STATES) else number
         # a copy, since the file behind a mapped tensor may change
-        set_parameter(model, name, tensors[name].to(place, number, copy=True))
+        value = tensors[name].to(place, kept, copy=True, memory_format=torch.contiguous_format)
+        set_parameter(model, name, value)
     model.like = torch.empty(0, dtype=number, device=place)
     model.op, model.fingerprint, model.source = backend, fingerprint(tensors), Path(path).name
     return model.eval()
@@ -59,12 +62,12 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     try:
         kind = find_version(shapes)
         sizes = kind.sizes_of(shapes)
-        with torch.device("meta"):
-            expected = {name: tuple(p.shape) for name, p in kind(sizes).named_parameters()}
+        model = _without_values(kind, sizes, shapes)
+        expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, shape in expected.items():
             if name not in shapes:
                 raise CheckpointError(f"tensor {name} is missing; get the file again")
-            if shapes[name] != shape:
+            if not _fits(shapes[name], shape):
                 raise CheckpointError(
                     f"tensor {name} has shape {shapes[name]}; the others ask for {shape}; get the file again"
                 )
@@ -77,6 +80,23 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     except CheckpointError as error:
         raise CheckpointError(f"{path}: {error}") from error
     return kind, sizes
+
+
+def _without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str]) -> Rwkv:
+    """The model on the meta device, with a learned initial state if one of `names` is of one."""
+    with torch.device("meta"):
+        model = kind(sizes)
+    ends = {".".join(name.split(".")[2:]) for name in names if name.endswith(STATES)}
+    if "att.time_state" in ends:
+        add_state(model)
+    if ends & {"att.shift_state", "ffn.shift_state"}:
+        add_shift(model)
+    return model
+
+
+def _fits(found: tuple[int, ...], expected: tuple[int, ...]) -> bool:
+    """Whether a tensor is usable where another shape is usual: a vector (1,1,D) may be (D,), and keeps that shape."""
+    return found == expected or (expected[:-1] == (1, 1) and found[-1:] == expected[-1:] == (math.prod(found),))
 
 
 def find_device(device: str) -> torch.device:

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from .attach import ADAPTERS, attach_adapter
+from .attach import ADAPTERS, attach_adapter, merge_adapter, unmerge_adapter
 from .base import AdaptedLinear
-from .folder import load_adapter, save_adapter
+from .folder import load_adapter, read_adapter, save_adapter
+from .saved import SavedAdapter
 
-__all__ = ["ADAPTERS", "AdaptedLinear", "attach_adapter", "load_adapter", "save_adapter"]
+__all__ = [
+    "ADAPTERS", "AdaptedLinear", "SavedAdapter", "attach_adapter", "load_adapter", "merge_adapter", "read_adapter",
+    "save_adapter", "unmerge_adapter",
+]  # fmt: skip

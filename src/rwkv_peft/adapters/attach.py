@@ -7,14 +7,17 @@ from typing import TypeVar
 
 from torch import nn
 
-from ..config import AdapterConfig, words
+from ..config import FOREIGN, AdapterConfig, check_part, words
 from ..errors import ConfigError
+from . import foreign
 from .base import AdaptedLinear
-from .lora import LoraLinear
-from .trainable import freeze, make_trainable, part_names
+from .disha import BatLinear, BoneLinear
+from .lora import LoraLinear, PissaLinear
+from .trainable import add_parts, freeze, make_trainable, part_names
 
-ADAPTERS: dict[str, type[AdaptedLinear]] = {"lora": LoraLinear}
-DEFAULT_TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
+ADAPTERS: dict[str, type[AdaptedLinear]] = {
+    "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear,
+}  # fmt: skip
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -22,33 +25,84 @@ Model = TypeVar("Model", bound=nn.Module)
 def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[str] = ()) -> Model:
     """Freeze `model` and add a new adapter to each target matrix, in place; only the adapter and `train_parts` train.
 
+    With `state`, nothing is added to a matrix: the initial state of each layer trains.
+
     Raises ConfigError if a setting is out of range, a target or part matches nothing, or an adapter is there already.
     """
     config.check()
-    if config.peft not in ADAPTERS:
-        raise ConfigError(f"--peft {config.peft}: unknown; allowed are {' '.join(ADAPTERS)}")
-    if any(adapted(model)):
+    if getattr(model, "adapter_config", None) is not None:
         raise ConfigError("the model has an adapter already; load the model anew")
-    targets = find_targets(model, config.targets or DEFAULT_TARGETS)
-    parts = [name for part in words(train_parts) for name in part_names(model, part)]
+    parts = [*(["state"] if config.peft == "state" else []), *words(train_parts)]
+    targets = [] if config.peft == "state" else find_targets(model, config.targets)
+    for part in parts:
+        check_part(part)
+    add_parts(model, parts)
+    names = [name for part in parts for name in part_names(model, part)]
+    for name in targets if config.peft in ADAPTERS else ():
+        outputs, inputs = model.get_parameter(f"{name}.weight").shape
+        ADAPTERS[config.peft].check(config, inputs, outputs)
+    if config.peft.startswith(FOREIGN):
+        foreign.attach(model, config, targets)
     freeze(model)
-    for name in targets:
-        owner, _, leaf = name.rpartition(".")
-        layer = ADAPTERS[config.peft](model.get_submodule(name), config)  # type: ignore[arg-type]
-        setattr(model.get_submodule(owner), leaf, layer.train(model.training))
-    make_trainable(model, parts)
+    for layer in wrap(model, config, targets) if config.peft in ADAPTERS else ():
+        layer.reset()
+    make_trainable(model, [*names, *foreign.parameters(model)])
     model.adapter_config = config  # type: ignore[assignment]
+    model.adapter_count = 1  # type: ignore[assignment]
     return model
+
+
+def wrap(model: nn.Module, config: AdapterConfig, targets: Iterable[str]) -> list[AdaptedLinear]:
+    """Put an adapter, without values yet, at each of these matrices; beside one that is there already."""
+    layers = []
+    for name in targets:
+        base = model.get_submodule(name)
+        if isinstance(base, AdaptedLinear):
+            layer = ADAPTERS[config.peft](base.base, config, beside=True)
+            base.others.append(layer)
+        else:
+            assert isinstance(base, nn.Linear)
+            layer = ADAPTERS[config.peft](base, config)
+            owner, _, leaf = name.rpartition(".")
+            setattr(model.get_submodule(owner), leaf, layer)
+        layers.append(layer.train(model.training))
+    return layers
 
 
 def adapted(model: nn.Module) -> Iterator[tuple[str, AdaptedLinear]]:
     """Each adapted matrix and its name."""
-    return ((name, m) for name, m in model.named_modules() if isinstance(m, AdaptedLinear))
+    return (
+        (name, module)
+        for name, module in model.named_modules()
+        if isinstance(module, AdaptedLinear) and ".others." not in name
+    )
+
+
+def merge_adapter(model: nn.Module) -> None:
+    """Add the adapters to the weights of `model`, in place, so that it runs as fast as its base; see `unmerge_adapter`.
+
+    The weights as they were are kept until then. The sums are rounded to the model's precision.
+    """
+    for _, layer in adapted(model):
+        layer.merge()
+    foreign.merge(model)
+
+
+def unmerge_adapter(model: nn.Module) -> None:
+    """Put the weights back as they were before `merge_adapter`, to the bit; the adapters work as before."""
+    for _, layer in adapted(model):
+        layer.unmerge()
+    foreign.unmerge(model)
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
-    """Names of the matrices that end in one of `targets`, at a dot. Raises ConfigError if a target matches none."""
+    """Names of the matrices that end in one of `targets`, at a dot; all of att and ffn if there is none.
+
+    Raises ConfigError if a target matches none.
+    """
     linears = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    if not tuple(targets):
+        return [name for name in linears if name.split(".")[-2:-1] in (["att"], ["ffn"])]
     found = set()
     for target in targets:
         matches = {name for name in linears if f".{name}".endswith(f".{target}")}

@@ -6,43 +6,100 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
 
 
 class AdaptedLinear(nn.Module, ABC):
-    """A frozen base matrix with trained tensors beside it.
+    """A frozen base matrix with trained tensors beside it: y = W x + delta(x).
 
     The base is only called, or asked for its dense weight, so that any linear layer can be one. It shares its
     parameters and buffers with this module instead of being its child: so `blocks.0.att.key.weight` keeps that name,
-    and the trained tensors are `blocks.0.att.key.<tensor>`.
+    and the trained tensors are `blocks.0.att.key.<tensor>`. Further adapters of the same matrix are in `others`, and
+    each adds what it would add alone.
     """
 
     tensors: ClassVar[tuple[str, ...]]
-    """Names of the trained tensors in this module, as the adapter folder has them."""
+    """Every name that a tensor of this method can have in an adapter folder, within its matrix."""
     peft_type: ClassVar[str]
-    """PEFT's name of the method."""
+    """PEFT's name of the method; one that PEFT has not, where it has no such method."""
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
+    def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
+        """`beside` another adapter of the base, which has the base's names already. Values come from `reset`."""
+        self.check(config, base.in_features, base.out_features)
         super().__init__()
-        self._parameters = base._parameters
-        self._buffers = base._buffers
+        if not beside:
+            self._parameters = base._parameters
+            self._buffers = base._buffers
         self._base = (base,)  # in a tuple, which hides it from nn.Module
+        self._unmerged: tuple[Tensor, ...] = ()  # the base's weight while the adapter is merged into it
+        self.config = config
         self.in_features, self.out_features = base.in_features, base.out_features
+        self.others = nn.ModuleList()
 
     @property
     def base(self) -> nn.Linear:
         return self._base[0]
 
+    @staticmethod
+    def check(config: AdapterConfig, in_features: int, out_features: int) -> None:
+        """Raise ConfigError if these settings do not fit a matrix (out, in)."""
+
+    @abstractmethod
+    def reset(self) -> None:
+        """Give the trained tensors the values that they start from."""
+
+    @abstractmethod
+    def delta(self, x: Tensor, product: Tensor) -> Tensor:
+        """What the adapter adds to the base's `product` (…, out) of x (…, in)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        product: Tensor = self.base(x)
+        if self._unmerged:
+            return product
+        total = product + self.delta(x, product)
+        for other in self.others:
+            total = total + other.delta(x, product)  # type: ignore[operator]
+        return total
+
+    def merge(self) -> None:
+        """Add every adapter of the matrix to its weight; the weight as it was is kept for `unmerge`."""
+        weight = self.base.weight
+        if self._unmerged:
+            return
+        self._unmerged = (weight.data,)
+        merged = self.merged(weight.data, self.to_file(), self.config)
+        for other in self.others:
+            assert isinstance(other, AdaptedLinear)
+            merged = merged + (other.merged(weight.data, other.to_file(), other.config) - weight.data.float())
+        weight.data = merged.to(weight.dtype)
+
+    def unmerge(self) -> None:
+        """Put the weight back, to the bit."""
+        if self._unmerged:
+            self.base.weight.data = self._unmerged[0]
+            self._unmerged = ()
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name."""
-        return {name: self.get_parameter(name) for name in self.tensors}
+        own = dict(self.named_parameters())
+        return {name: own[name] for name in self.tensors if name in own}
+
+    def to_file(self) -> dict[str, Tensor]:
+        """The tensors as an adapter folder has them."""
+        return {name: parameter.data for name, parameter in self.trained().items()}
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take the values of `tensors`, which are in the form of `to_file`."""
+        for name, parameter in self.trained().items():
+            parameter.data = tensors[name].to(parameter.device, torch.float32, copy=True)
 
     @staticmethod
     @abstractmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-        """The dense weight (out, in), float32, of a base `weight` with the adapter's `tensors` added."""
+        """The dense weight (out, in), float32, of a base `weight` with the adapter's `tensors` (`to_file`) added."""
 
     @staticmethod
     @abstractmethod
@@ -52,4 +109,4 @@ class AdaptedLinear(nn.Module, ABC):
     @staticmethod
     @abstractmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
-        """The settings, without targets, that PEFT's entries mean. Raises KeyError, TypeError or ValueError."""
+        """The settings, without targets, that these entries mean. Raises KeyError, TypeError or ValueError."""

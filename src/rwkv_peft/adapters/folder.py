@@ -1,8 +1,9 @@
 """Adapter folders, in the form of Hugging Face PEFT.
 
-adapter_config.json, adapter_model.safetensors   what PEFT reads: the adapter
+adapter_config.json, adapter_model.safetensors   what PEFT reads: the adapter, where there is one of matrices
 parts.safetensors                                parts trained in full, under their official names, if there are any
-rwkv_peft.json                                   our format version, and the fingerprint of the base
+state.pth                                        a learned initial state, in the official form, if there is one
+rwkv_peft.json                                   our format version, the method, and the fingerprint of the base
 """
 
 from __future__ import annotations
@@ -17,141 +18,236 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import check_finite, read_tensors, write_tensors
-from ..config import AdapterConfig
+from ..config import FOREIGN, AdapterConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import write_folder, write_text
-from .attach import ADAPTERS, adapted, attach_adapter
+from . import foreign
+from .attach import ADAPTERS, adapted, wrap
+from .base import AdaptedLinear
+from .original import read_original
+from .saved import SavedAdapter
+from .state_tuning import STATES
+from .trainable import add_parts, freeze, make_trainable
 
 FORMAT = 1
-FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "rwkv_peft.json")
+FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "state.pth", "rwkv_peft.json")
 PREFIX = "base_model.model."  # PEFT's, before every name
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-@dataclasses.dataclass
-class AdapterFolder:
-    """What a folder holds, read and checked, under official names."""
-
-    config: AdapterConfig
-    tensors: dict[str, Tensor]
-    """E.g. `blocks.0.att.key.lora_A.weight`."""
-    parts: dict[str, Tensor]
-    """E.g. `blocks.0.ln1.weight`."""
-    base: str
-    """Fingerprint of the base; empty if the folder was not written by us."""
-
-    def of_matrix(self, target: str) -> dict[str, Tensor]:
-        """The adapter's tensors of one matrix, by their names within it."""
-        return {name: self.tensors[f"{target}.{name}"] for name in ADAPTERS[self.config.peft].tensors}
-
-
 def save_adapter(model: nn.Module, folder: Path | str) -> None:
     """Write the model's adapter, and every other parameter that trains, as an adapter folder.
 
-    An adapter that is there already is replaced. Raises ConfigError if the model has no adapter, OutputError if the
-    folder holds something else or cannot be written.
+    An adapter that is there already is replaced. Raises ConfigError if the model has no adapter, or several, and
+    OutputError if the folder holds something else or cannot be written.
     """
     folder = Path(folder)
-    config = getattr(model, "adapter_config", None)
+    config: AdapterConfig | None = getattr(model, "adapter_config", None)
     if config is None:
         raise ConfigError("save_adapter: the model has no adapter; attach one first")
-    layers = dict(adapted(model))
-    tensors = {f"{name}.{key}": p for name, layer in layers.items() for key, p in layer.trained().items()}
-    parts = {n: p for n, p in model.named_parameters() if p.requires_grad and n not in tensors}
-    parts |= {n: model.get_parameter(n) for n in getattr(model, "adapter_parts", ())}
+    if getattr(model, "adapter_count", 1) > 1:
+        raise ConfigError("save_adapter: the model has several adapters; load the one to save alone")
     others = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if others:
         raise OutputError(f"{folder}: holds {others[0]}, which is no adapter's file; name a new folder")
-    settings = peft_config(config, layers, getattr(model, "source", ""))
-    ours = {"format": FORMAT, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts)}
+    layers = dict(adapted(model))
+    tensors = foreign.tensors(model) or {
+        f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.to_file().items()
+    }
+    parts, states = split_states(trained_parts(model, layers))
+    settings = foreign.settings(model) or peft_config(config, layers, getattr(model, "source", ""))
+    ours = {
+        "format": FORMAT, "peft": config.peft, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts),
+        "state": sorted(states),
+    }  # fmt: skip
 
     def write(temporary: Path) -> None:
-        write_tensors(temporary / "adapter_model.safetensors", {PREFIX + name: t for name, t in tensors.items()})
+        if tensors:
+            write_tensors(temporary / "adapter_model.safetensors", {PREFIX + name: t for name, t in tensors.items()})
+            write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
         if parts:
             write_tensors(temporary / "parts.safetensors", parts)
-        write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
+        if states:
+            write_tensors(temporary / "state.pth", states)
         write_text(temporary / "rwkv_peft.json", json.dumps(ours, indent=2) + "\n")
 
     write_folder(folder, write)
 
 
-def load_adapter(model: Model, folder: Path | str) -> Model:
-    """Attach the adapter in `folder`, with its parts, to the base it was trained on; in place.
+def load_adapter(
+    model: Model, path: Path | str, alpha: float | None = None, pissa_init: Path | str | None = None
+) -> Model:
+    """Attach the adapter in a folder, with its parts, to the base it was trained on; in place.
+
+    A model may take several, one call each: each adds the change that it makes alone, in any order. `path` may also be
+    a `.pth` of the original program: `alpha` and `pissa_init` are as in `read_adapter`.
 
     Raises CheckpointError if the folder is damaged, or does not belong to this model.
     """
-    saved = read_adapter(folder)
+    saved = read_adapter(path, alpha, pissa_init)
     if saved.base and getattr(model, "fingerprint", saved.base) != saved.base:
-        raise CheckpointError(f"{folder}: was trained on a base with other weights than {model.source}; load that base")
-    check_fit(folder, saved, {name: tuple(p.shape) for name, p in model.named_parameters()})
-    attach_adapter(model, saved.config)
-    for name, value in {**saved.tensors, **saved.parts}.items():
-        parameter = model.get_parameter(name)
-        parameter.data = value.to(parameter.device, torch.float32)
-    model.adapter_parts = tuple(saved.parts)  # type: ignore[assignment]
+        raise CheckpointError(f"{path}: was trained on a base with other weights than {model.source}; load that base")
+    check_fit(path, saved, {name: tuple(p.shape) for name, p in model.named_parameters()})
+    config = saved.config or AdapterConfig("state")
+    is_first = getattr(model, "adapter_config", None) is None
+    if is_first:
+        freeze(model)
+    if config.peft.startswith(FOREIGN):
+        if not is_first:
+            raise ConfigError(f"{path}: an adapter of PEFT's must be the only one; merge the others first")
+        foreign.load(model, saved, path)
+    elif saved.tensors:
+        for name, layer in zip(config.targets, wrap(model, config, config.targets), strict=True):
+            layer.from_file(saved.of_matrix(name))
+            layer.requires_grad_(False)
+    put_parts(model, saved.parts)
+    if is_first:
+        make_trainable(model, [f"{n}.{k}" for n, layer in adapted(model) for k in layer.trained()])
+        make_trainable(model, [n for n in saved.parts if n.endswith(STATES)])
+        model.adapter_config = config  # type: ignore[assignment]
+    model.adapter_count = getattr(model, "adapter_count", 0) + 1  # type: ignore[assignment]
     return model
 
 
-def read_adapter(folder: Path | str) -> AdapterFolder:
-    """Everything in an adapter folder. Raises CheckpointError if a file is missing or damaged."""
-    folder = Path(folder)
-    if not folder.is_dir():
-        raise CheckpointError(f"{folder}: no such folder; an adapter is a folder with adapter_config.json in it")
-    settings = _read_json(folder / "adapter_config.json")
-    ours = _read_json(folder / "rwkv_peft.json") if (folder / "rwkv_peft.json").exists() else {}
+def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
+    """Replace parameters by parts that were trained in full; a second adapter's add their change to the first's."""
+    add_parts(model, {"state" if name.endswith(".time_state") else "shift" for name in parts if name.endswith(STATES)})
+    bases: dict[str, Tensor] = dict(getattr(model, "adapter_bases", {}))
+    for name, part in parts.items():
+        parameter = model.get_parameter(name)
+        value = part.to(parameter.device, torch.float32, copy=True)
+        if name not in bases:
+            bases[name], parameter.data = parameter.data, value
+        else:
+            parameter.data = parameter.data + (value - bases[name].float())
+    model.adapter_bases = bases  # type: ignore[assignment]
+
+
+def trained_parts(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
+    """Every parameter that trains, or came with an adapter, and is not an adapter's own."""
+    own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained()} | foreign.parameters(model)
+    parts = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
+    return parts | {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
+
+
+def split_states(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parts of the model, and learned states."""
+    return (
+        {name: part for name, part in parts.items() if not name.endswith(STATES)},
+        {name: part for name, part in parts.items() if name.endswith(STATES)},
+    )
+
+
+def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path | str | None = None) -> SavedAdapter:
+    """Everything in an adapter folder, or in an adapter `.pth` of the original program.
+
+    Arguments, for the latter alone:
+        alpha: lora_alpha of a LoRA, which the file does not hold.
+        pissa_init: a PiSSA's file of initial values; `init_pissa.pth` beside the adapter if None.
+
+    Raises CheckpointError if a file is missing or damaged.
+    """
+    path = Path(path)
+    if path.is_file():
+        return read_original(path, alpha, None if pissa_init is None else Path(pissa_init))
+    if not path.is_dir():
+        raise CheckpointError(f"{path}: no such folder; an adapter is a folder with adapter_config.json in it")
+    if alpha is not None or pissa_init is not None:
+        flag = "--alpha" if alpha is not None else "--pissa-init"
+        raise ConfigError(f"{flag}: only for a .pth of the original program; {path} holds its own; leave it out")
+    ours = _read_json(path / "rwkv_peft.json") if (path / "rwkv_peft.json").exists() else {}
     if ours.get("format", FORMAT) != FORMAT:
-        raise CheckpointError(f"{folder}: has format {ours['format']}; this program reads {FORMAT}; update it")
-    tensors = read_tensors(folder / "adapter_model.safetensors")
-    stray = [name for name in tensors if not name.startswith(PREFIX)]
-    if stray:
-        raise CheckpointError(
-            f"{folder}: tensor {stray[0]} does not begin with {PREFIX}; it is no adapter of PEFT's form"
-        )
-    parts = read_tensors(folder / "parts.safetensors") if (folder / "parts.safetensors").exists() else {}
-    if sorted(parts) != ours.get("parts", sorted(parts)):
-        raise CheckpointError(
-            f"{folder}: parts.safetensors does not hold what rwkv_peft.json lists; copy the folder again"
-        )
-    plain = {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
-    for name, tensor in {**plain, **parts}.items():
-        check_finite(folder, name, tensor)
-    return AdapterFolder(_adapter_config(folder, settings, plain), plain, parts, ours.get("base", ""))
+        raise CheckpointError(f"{path}: has format {ours['format']}; this program reads {FORMAT}; update it")
+    parts, states = (_read_listed(path, file, ours.get(key)) for file, key in (
+        ("parts.safetensors", "parts"), ("state.pth", "state"),
+    ))  # fmt: skip
+    if ours.get("peft") == "state":
+        config, tensors = AdapterConfig("state"), {}
+    else:
+        settings = _read_json(path / "adapter_config.json")
+        tensors = _read_adapter_tensors(path)
+        config = _adapter_config(path, settings, ours.get("peft"), tensors)
+    for name, tensor in {**tensors, **parts, **states}.items():
+        check_finite(path, name, tensor)
+    return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")))
 
 
-def check_fit(folder: Path | str, saved: AdapterFolder, base: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise CheckpointError unless the folder is complete and all of it fits a base of these shapes."""
+def check_fit(path: Path | str, saved: SavedAdapter, base: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise CheckpointError unless the adapter is complete and all of it fits a base of these shapes."""
     expected: dict[str, tuple[int, ...]] = {}
-    for target in saved.config.targets:
+    is_ours = saved.config is not None and saved.config.peft in ADAPTERS
+    for target in saved.config.targets if saved.config and is_ours else ():
         shape = base.get(f"{target}.weight", ())
         if len(shape) != 2:
-            raise CheckpointError(f"{folder}: adapts {target}, which this base has not; name its own base")
-        with torch.device("meta"):
-            layer = ADAPTERS[saved.config.peft](nn.Linear(shape[1], shape[0], bias=False), saved.config)
-        expected |= {f"{target}.{key}": tuple(p.shape) for key, p in layer.trained().items()}
-    odd = sorted(expected.keys() ^ saved.tensors.keys())
-    if odd or not expected:
+            raise CheckpointError(f"{path}: adapts {target}, which this base has not; name its own base")
+        expected |= {f"{target}.{key}": size for key, size in _file_shapes(path, saved.config, shape).items()}  # type: ignore[arg-type]
+    odd = sorted(expected.keys() ^ saved.tensors.keys()) if is_ours else []
+    if odd or not (saved.tensors or saved.parts):
         what = odd[0] if odd else "every tensor"
-        raise CheckpointError(f"{folder}: {what} is missing or has no use; copy the folder again")
-    expected |= {name: base.get(name, ()) for name in saved.parts}
-    for name, tensor in {**saved.tensors, **saved.parts}.items():
+        raise CheckpointError(f"{path}: {what} is missing or has no use; copy the folder again")
+    if any(name.endswith(STATES) for name in saved.parts):
+        expected |= _state_shapes(base, saved.parts)
+    expected |= {name: base.get(name, ()) for name in saved.parts if name not in expected}
+    for name, tensor in {**(saved.tensors if is_ours else {}), **saved.parts}.items():
         if tuple(tensor.shape) != expected[name]:
-            raise CheckpointError(f"{folder}: {name} {tuple(tensor.shape)} does not fit this base; name its own base")
+            raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} does not fit this base; name its own base")
 
 
 def peft_config(config: AdapterConfig, matrices: Iterable[str], source: str) -> dict[str, Any]:
     """The settings as PEFT's `adapter_config.json` has them; the targets are the full names of the matrices."""
+    if config.peft not in ADAPTERS:
+        return {}
     method = ADAPTERS[config.peft]
     common = {"peft_type": method.peft_type, "base_model_name_or_path": source, "task_type": None}
     return {**common, "inference_mode": True, "target_modules": sorted(matrices), **method.to_peft(config)}
 
 
-def _adapter_config(folder: Path, settings: Mapping[str, Any], tensors: Iterable[str]) -> AdapterConfig:
-    methods = {method.peft_type: method for method in ADAPTERS.values()}
-    method = methods.get(str(settings.get("peft_type")))
+def _file_shapes(path: Path | str, config: AdapterConfig, matrix: tuple[int, ...]) -> dict[str, tuple[int, ...]]:
+    """Shapes that a matrix's tensors have in a folder."""
+    try:
+        with torch.device("meta"):
+            layer = ADAPTERS[config.peft](nn.Linear(matrix[1], matrix[0], bias=False), config)
+    except ConfigError as error:
+        raise CheckpointError(f"{path}: does not fit this base ({error}); name its own base") from error
+    return {name: tuple(tensor.shape) for name, tensor in layer.to_file().items()}
+
+
+def _state_shapes(base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the learned states of every layer, of the kinds that `parts` hold."""
+    width = base["emb.weight"][1]
+    heads, size = next(base[f"blocks.0.att.{name}"] for name in ("r_k", "time_faaaa") if f"blocks.0.att.{name}" in base)
+    shapes: dict[str, tuple[int, ...]] = {}
+    for block in {name.split(".att.")[0] for name in base if ".att." in name}:
+        shapes[f"{block}.att.time_state"] = (heads, size, size)
+        shapes |= {f"{block}.{mix}.shift_state": (width,) for mix in ("att", "ffn")}
+    return {name: shape for name, shape in shapes.items() if name in parts}
+
+
+def _read_listed(path: Path, file: str, listed: object) -> dict[str, Tensor]:
+    """A file of the folder, which holds what rwkv_peft.json lists; nothing if neither is there."""
+    tensors = read_tensors(path / file) if (path / file).exists() else {}
+    if sorted(tensors) != (sorted(tensors) if listed is None else listed):
+        raise CheckpointError(f"{path}: {file} does not hold what rwkv_peft.json lists; copy the folder again")
+    return tensors
+
+
+def _read_adapter_tensors(path: Path) -> dict[str, Tensor]:
+    tensors = read_tensors(path / "adapter_model.safetensors")
+    stray = [name for name in tensors if not name.startswith(PREFIX)]
+    if stray:
+        raise CheckpointError(
+            f"{path}: tensor {stray[0]} does not begin with {PREFIX}; it is no adapter of PEFT's form"
+        )
+    return {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
+
+
+def _adapter_config(path: Path, settings: Mapping[str, Any], peft: object, tensors: Iterable[str]) -> AdapterConfig:
+    """The settings in adapter_config.json; `peft` is the method that rwkv_peft.json names, if it is there."""
+    methods = {method.peft_type: method for method in reversed(ADAPTERS.values())}
+    method = ADAPTERS.get(str(peft)) or methods.get(str(settings.get("peft_type")))
     if method is None:
-        got, allowed = settings.get("peft_type"), " ".join(methods)
-        raise CheckpointError(f"{folder}: holds an adapter of type {got}; allowed are {allowed}")
+        return foreign.config_of(path, settings)
     # PEFT can name its targets by a pattern, or leave layers out: the tensors tell which they are
     targets = {name.removesuffix(f".{own}") for name in tensors for own in method.tensors if name.endswith(f".{own}")}
     try:
@@ -159,7 +255,7 @@ def _adapter_config(folder: Path, settings: Mapping[str, Any], tensors: Iterable
         config.check()
     except (KeyError, OverflowError, TypeError, ValueError) as error:
         what = str(error) if isinstance(error, ValueError) else f"an entry is missing or out of range ({error})"
-        raise CheckpointError(f"{folder}/adapter_config.json: {what}; merge it with PEFT, or copy it again") from error
+        raise CheckpointError(f"{path}/adapter_config.json: {what}; merge it with PEFT, or copy it again") from error
     return config
 
 

@@ -1,50 +1,85 @@
-"""LoRA: a product of two thin matrices beside a frozen one (Hu et al. 2021, arXiv 2106.09685)."""
+"""A product of two thin matrices beside a frozen one: LoRA, its variant DoRA, and PiSSA.
+
+Sources: LoRA arXiv 2106.09685, rank stabilisation 2312.03732, DoRA 2402.09353, PiSSA 2404.02948.
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
+from ..errors import ConfigError
 from .base import AdaptedLinear
+
+A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
 class LoraLinear(AdaptedLinear):
-    """y = W x + alpha/rank · B A x, with A (rank, in) random and B (out, rank) zero at first; both float32."""
+    """y = W x + scale · B A x, with A (rank, in) random and B (out, rank) zero at first; both float32.
 
-    tensors = ("lora_A.weight", "lora_B.weight")
+    With DoRA, y = m/|V| · V x for V = W + scale · B A, whose rows have the lengths |V|, and m (out,) trained; |V| is
+    taken as constant in the backward pass.
+    """
+
+    tensors: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
     peft_type = "LORA"
 
-    def __init__(self, base: nn.Linear, config: AdapterConfig) -> None:
-        super().__init__(base, config)
-        device = base.weight.device
-        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, device=device, dtype=torch.float32)
-        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, device=device, dtype=torch.float32)
+    def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
+        super().__init__(base, config, beside)
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": torch.float32}
+        self.lora_A = nn.Linear(base.in_features, config.rank, bias=False, **like)
+        self.lora_B = nn.Linear(config.rank, base.out_features, bias=False, **like)
+        if config.dora:
+            self.lora_magnitude_vector = nn.Parameter(torch.empty(base.out_features, **like))
+
+    def reset(self) -> None:
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
-        self.scale, self.dropout = scale_of(config), config.dropout
+        if self.config.dora:
+            self.lora_magnitude_vector.data = self.row_lengths()
 
-    def forward(self, x: Tensor) -> Tensor:
-        inner = F.linear(F.dropout(x, self.dropout, self.training), self.lora_A.weight.to(x.dtype))
-        product: Tensor = self.base(x)
-        return product + F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.scale
+    def delta(self, x: Tensor, product: Tensor) -> Tensor:
+        dropped = F.dropout(x, self.config.dropout, self.training)
+        inner = F.linear(dropped, self.lora_A.weight.to(x.dtype))
+        added = F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.config.scale
+        if not self.config.dora:
+            return added
+        ratio = (self.lora_magnitude_vector / self.row_lengths()).to(x.dtype)
+        if dropped is not x:
+            product = self.base(dropped)
+        weighted: Tensor = (ratio - 1) * product + ratio * added
+        return weighted
+
+    @torch.no_grad()
+    def row_lengths(self) -> Tensor:
+        """|W + scale · B A| of each row (out,), without making that matrix."""
+        W, scale = self.base.weight.float(), self.config.scale
+        a, b = self.lora_A.weight, self.lora_B.weight
+        squares = W.square().sum(1) + 2 * scale * ((W @ a.T) * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+        return squares.clamp(min=0).sqrt()
 
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
-        A, B = (tensors[name].float() for name in LoraLinear.tensors)
-        return torch.addmm(weight.float(), B, A, alpha=scale_of(config))
+        sum_ = torch.addmm(weight.float(), tensors[B].float(), tensors[A].float(), alpha=config.scale)
+        if not config.dora:
+            return sum_
+        return sum_ * (tensors[MAGNITUDE].float() / torch.linalg.vector_norm(sum_, dim=1))[:, None]
 
     @staticmethod
     def to_peft(config: AdapterConfig) -> dict[str, Any]:
+        root = math.sqrt(config.rank) if config.rank_stabilised else config.rank
         return {
             "r": config.rank,
-            "lora_alpha": scale_of(config) * config.rank,
+            "lora_alpha": config.scale * root,
             "lora_dropout": config.dropout,
+            "use_rslora": config.rank_stabilised,
+            "use_dora": config.dora,
             "bias": "none",
             "fan_in_fan_out": False,
             "init_lora_weights": True,
@@ -52,15 +87,84 @@ class LoraLinear(AdaptedLinear):
 
     @staticmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
-        for key in ("use_rslora", "use_dora", "rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out"):
+        for key in ("rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out"):
             if settings.get(key):
                 raise ValueError(f"{key} is not supported yet")
         if settings.get("bias", "none") != "none":
             raise ValueError("bias is not supported yet")
-        dropout = float(settings.get("lora_dropout", 0))
-        return AdapterConfig("lora", int(settings["r"]), float(settings["lora_alpha"]), dropout)
+        return AdapterConfig(
+            "lora",
+            int(settings["r"]),
+            float(settings["lora_alpha"]),
+            float(settings.get("lora_dropout", 0)),
+            rank_stabilised=bool(settings.get("use_rslora")),
+            dora=bool(settings.get("use_dora")),
+        )
 
 
-def scale_of(config: AdapterConfig) -> float:
-    """alpha/rank; alpha is twice the rank where it is not given."""
-    return 2.0 if config.alpha is None else config.alpha / config.rank
+class PissaLinear(LoraLinear):
+    """y = (W - scale · B0 A0) x + scale · B A x, where A and B start as A0 and B0: the largest singular values of W.
+
+    The frozen A0 and B0 are kept in the precision of the base, and W is left as it is. In a folder it is a plain LoRA
+    of twice the rank, [A; A0] and [B, -B0]: any program that knows LoRA loads it on the original base.
+    """
+
+    tensors = (A, B)
+    start_a: Tensor
+    start_b: Tensor
+
+    def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
+        super().__init__(base, config, beside)
+        rank, like = config.rank, base.weight
+        self.register_buffer("start_a", like.new_empty(rank, base.in_features), persistent=False)
+        self.register_buffer("start_b", like.new_empty(base.out_features, rank), persistent=False)
+
+    @staticmethod
+    def check(config: AdapterConfig, in_features: int, out_features: int) -> None:
+        most = min(in_features, out_features)
+        if config.rank > most:
+            raise ConfigError(f"--rank {config.rank}: pissa needs at most {most}, the smaller side of a matrix")
+
+    def reset(self) -> None:
+        W, rank = self.base.weight.detach().float(), self.config.rank
+        if self.config.svd_iterations:
+            U, S, V = torch.svd_lowrank(W, min(2 * rank, *W.shape), self.config.svd_iterations)
+        else:
+            U, S, Vh = torch.linalg.svd(W, full_matrices=False)
+            V = Vh.mH
+        root = (S[:rank] / self.config.scale).sqrt()
+        self.start_a.copy_((V[:, :rank] * root).T)
+        self.start_b.copy_(U[:, :rank] * root)
+        self.lora_A.weight.data, self.lora_B.weight.data = self.start_a.float().clone(), self.start_b.float().clone()
+
+    def delta(self, x: Tensor, product: Tensor) -> Tensor:
+        x = F.dropout(x, self.config.dropout, self.training)
+        inner = F.linear(x, torch.cat((self.lora_A.weight.to(x.dtype), self.start_a.to(x.dtype))))
+        outer = torch.cat((self.lora_B.weight.to(x.dtype), -self.start_b.to(x.dtype)), dim=1)
+        return F.linear(inner, outer) * self.config.scale
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {
+            A: torch.cat((self.lora_A.weight.data, self.start_a.float())),
+            B: torch.cat((self.lora_B.weight.data, -self.start_b.float()), dim=1),
+        }
+
+    def from_file(self, tensors: Mapping[str, Tensor]) -> None:
+        device = self.lora_A.weight.device
+        a, b = (tensors[name].to(device, torch.float32, copy=True) for name in (A, B))
+        rank = self.config.rank
+        self.lora_A.weight.data, self.lora_B.weight.data = a[:rank], b[:, :rank].contiguous()
+        # in float32, so that they are what the folder says, whatever the precision of this base
+        self.start_a, self.start_b = a[rank:], -b[:, rank:]
+
+    @staticmethod
+    def to_peft(config: AdapterConfig) -> dict[str, Any]:
+        twice = AdapterConfig("lora", 2 * config.rank, config.scale * 2 * config.rank, config.dropout)
+        return LoraLinear.to_peft(twice)
+
+    @staticmethod
+    def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
+        plain = LoraLinear.from_peft(settings)
+        if plain.rank % 2 or plain.dora or plain.rank_stabilised:
+            raise ValueError("a PiSSA folder holds a plain LoRA of twice the rank")
+        return AdapterConfig("pissa", plain.rank // 2, plain.scale * plain.rank // 2, plain.dropout)

@@ -1,4 +1,4 @@
-"""Parts of a model that train in full: time, ln, emb, head."""
+"""Parts of a model that train in full: time, ln, emb, head, and the learned initial states."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import nn
 
 from ..config import check_part
 from ..errors import ConfigError
+from .state_tuning import add_shift, add_state
 
 
 def freeze(model: nn.Module) -> None:
@@ -23,6 +24,15 @@ def make_trainable(model: nn.Module, names: Iterable[str]) -> None:
         if parameter.dtype.itemsize < 4:
             parameter.data = parameter.data.float()
         parameter.requires_grad_(True)
+
+
+def add_parts(model: nn.Module, parts: Iterable[str]) -> None:
+    """Make room for the parts that a plain model does not have: learned states."""
+    for part in parts:
+        if part == "state":
+            add_state(model)
+        elif part == "shift":
+            add_shift(model)
 
 
 def part_names(model: nn.Module, part: str) -> list[str]:
@@ -43,6 +53,8 @@ def _own_part(path: str, module: nn.Module, part: str) -> Iterator[str]:
     """Names within one module; layers name their own vectors in `time_parameters`."""
     if part == "time":
         yield from getattr(module, "time_parameters", ())
+    elif part in ("state", "shift"):
+        yield {"state": "time_state", "shift": "shift_state"}[part]
     elif part == "ln" and isinstance(module, nn.LayerNorm | nn.GroupNorm):
         yield from ("weight", "bias")
     elif part == path:  # emb, head

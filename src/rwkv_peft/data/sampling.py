@@ -5,6 +5,7 @@ What a step sees is a pure function of the data, the seed and the step's number,
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from functools import lru_cache
 from math import ceil
@@ -15,10 +16,12 @@ import torch
 from torch import Tensor
 
 from ..config import Overlong, TrainConfig
-from ..errors import DataError
+from ..errors import ConfigError, DataError
 from .masking import Encoded, encode_example
 from .text import read_examples
 from .tokenizer import Tokenizer
+
+SPLIT = re.compile(r"train(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
 
 
 @dataclass(frozen=True)
@@ -26,7 +29,7 @@ class Counts:
     """What became of the data."""
 
     examples: int
-    """Examples read."""
+    """Examples read, and chosen by --split."""
     rows: int
     tokens: int
     """Tokens that the model reads in one epoch."""
@@ -38,6 +41,8 @@ class Counts:
     """Examples longer than the context length."""
     lost: int
     """Examples of which some or all targets are not trained on, because they are too long."""
+    left_out: int = 0
+    """Examples read that --split does not choose."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,12 +53,16 @@ class Dataset:
     counts: Counts
     ctx_len: int
     overlong: Overlong
+    split: str = "train"
 
     def summary(self) -> str:
         """One line that tells what is trained on and hides no loss."""
         count = self.counts
+        examples = _count(count.examples, "example")
+        if self.split != "train":
+            examples = f"{count.examples:,} of {_count(count.examples + count.left_out, 'example')} ({self.split})"
         parts = [
-            f"{_count(count.examples, 'example')}, {_count(count.rows, 'row')}, {_count(count.tokens, 'token')} "
+            f"{examples}, {_count(count.rows, 'row')}, {_count(count.tokens, 'token')} "
             f"({count.target_tokens:,} trained on)"
         ]
         if count.overlong:
@@ -83,12 +92,19 @@ def load_dataset(config: TrainConfig, tokenizer: Tokenizer) -> Dataset:
     """Read, encode and fit all of `config.data`.
 
     Raises:
-        DataError: what `read_examples` raises, or that no row is left.
+        ConfigError: --split has no known form.
+        DataError: what `read_examples` raises, that --split chooses nothing, or that no row is left.
     """
+    choose(config.split, 0)  # its form is wrong before anything is read
     examples = read_examples(config.data, config.fields, config.on_bad_line)
+    chosen = examples.items[choose(config.split, len(examples.items))]
+    if not chosen:
+        raise DataError(
+            f"--split {config.split}: none of the {_count(len(examples.items), 'example')}; choose a wider one"
+        )
     rows: list[Encoded] = []
     overlong = lost = 0
-    for segments in examples.items:
+    for segments in chosen:
         encoded = encode_example(segments, tokenizer)
         fitted = fit(encoded, config.ctx_len, config.overlong)
         overlong += encoded.inputs > config.ctx_len
@@ -100,15 +116,29 @@ def load_dataset(config: TrainConfig, tokenizer: Tokenizer) -> Dataset:
             f"{config.overlong}, no example keeps an answer token; use --overlong split or a longer --ctx-len"
         )
     counts = Counts(
-        examples=len(examples.items),
+        examples=len(chosen),
         rows=len(rows),
         tokens=sum(row.inputs for row in rows),
         target_tokens=sum(row.targets for row in rows),
         skipped=examples.skipped,
         overlong=overlong,
         lost=lost,
+        left_out=len(examples.items) - len(chosen),
     )
-    return Dataset(rows, counts, config.ctx_len, config.overlong)
+    return Dataset(rows, counts, config.ctx_len, config.overlong, config.split)
+
+
+def choose(split: str, count: int) -> slice:
+    """Which of `count` examples `split` names, in Hugging Face's form: `train[:1000]`, `train[10%:90%]`, `train[-50:]`.
+
+    Shares are rounded to the nearest example; what is beyond the last one is left away. Raises ConfigError if it has
+    another form.
+    """
+    form = SPLIT.fullmatch(split.strip())
+    if form is None:
+        raise ConfigError(f"--split {split}: no known form; write train, train[:1000], train[1000:] or train[10%:90%]")
+    bounds = ((form[1], form[2]), (form[3], form[4]))
+    return slice(*(None if not n else round(int(n) * count / 100) if share else int(n) for n, share in bounds))
 
 
 def fit(encoded: Encoded, ctx_len: int, overlong: Overlong) -> list[Encoded]:

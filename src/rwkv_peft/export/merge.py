@@ -1,30 +1,39 @@
-"""An adapter added to its base: a model file like any other."""
+"""Adapters added to their base: a model file like any other."""
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
-from ..adapters import ADAPTERS
-from ..adapters.folder import AdapterFolder, check_fit, read_adapter
+from ..adapters import ADAPTERS, SavedAdapter, foreign, load_adapter, read_adapter
+from ..adapters.folder import check_fit
 from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, read_tensors, write_tensors
+from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
-from ..loading import check_model
+from ..loading import check_model, load_model
+
+Paths = Path | str | Sequence[Path | str]
 
 
 def merge(
     base_path: Path | str,
-    adapter_folder: Path | str,
+    adapter: Paths,
     out_path: Path | str,
     dtype: str = "same",
     overwrite: bool = False,
+    alpha: float | None = None,
+    pissa_init: Path | str | None = None,
 ) -> Path:
-    """Write the base with the adapter, and the parts trained beside it, added; returns `out_path`.
+    """Write the base with an adapter, and the parts trained beside it, added; returns `out_path`.
 
     Arguments:
+        adapter: an adapter folder, or an adapter `.pth` of the original program; of several, each adds the change that
+            it makes alone. A learned initial state becomes `blocks.*.att.time_state` in the file.
         out_path: ends in `.pth` or `.safetensors`.
         dtype: `fp32`, `bf16` or `fp16`; `same` keeps each tensor's own. Sums are taken in float32.
+        alpha, pissa_init: for a `.pth` of the original program, as in `read_adapter`.
 
     Raises CheckpointError if the files do not belong together, OutputError if `out_path` exists or cannot be written.
     """
@@ -36,25 +45,56 @@ def merge(
         raise OutputError(f"{out}: exists already; choose another name, or give --overwrite")
     base = read_tensors(base_path)
     check_model(base_path, base)
-    adapter = read_adapter(adapter_folder)
-    merged = merge_tensors(base, adapter, adapter_folder)
+    paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
+    adapters = [(path, read_adapter(path, alpha, pissa_init)) for path in paths]
+    foreigners = [path for path, saved in adapters if saved.config and saved.config.peft.startswith(FOREIGN)]
+    if foreigners:
+        merged = merge_foreign(base_path, base, foreigners[0], alone=len(paths) == 1)
+    else:
+        merged = merge_tensors(base, adapters)
     for name, tensor in merged.items():
-        merged[name] = tensor.to(base[name].dtype if dtype == "same" else DTYPES[dtype])
+        own = base[name].dtype if name in base else tensor.dtype
+        merged[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
         check_finite(out, name, merged[name])
     write_tensors(out, merged)
     return out
 
 
-def merge_tensors(base: dict[str, Tensor], adapter: AdapterFolder, folder: Path | str) -> dict[str, Tensor]:
-    """The base's tensors under their names; those that the adapter changes are new and float32.
+def merge_tensors(base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]]) -> dict[str, Tensor]:
+    """The base's tensors under their names; those that an adapter changes are new and float32.
 
-    Raises CheckpointError if the adapter was trained on another base.
+    Raises CheckpointError if an adapter was trained on another base.
     """
-    if adapter.base and adapter.base != fingerprint(base):
-        raise CheckpointError(f"{folder}: was trained on a base with other weights than this one; name that base")
-    check_fit(folder, adapter, {name: tuple(tensor.shape) for name, tensor in base.items()})
+    shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     merged = dict(base)
-    for target in adapter.config.targets:
-        name = f"{target}.weight"
-        merged[name] = ADAPTERS[adapter.config.peft].merged(base[name], adapter.of_matrix(target), adapter.config)
-    return merged | {name: part.float() for name, part in adapter.parts.items()}
+    for path, adapter in adapters:
+        if adapter.base and adapter.base != fingerprint(base):
+            raise CheckpointError(f"{path}: was trained on a base with other weights than this one; name that base")
+        check_fit(path, adapter, shapes)
+        for name, tensor in changed_tensors(base, adapter).items():
+            if name not in merged or merged[name] is base.get(name):
+                merged[name] = tensor
+            else:
+                merged[name] = merged[name] + (tensor - base[name].float() if name in base else tensor)
+    return merged
+
+
+def changed_tensors(base: dict[str, Tensor], adapter: SavedAdapter) -> dict[str, Tensor]:
+    """The tensors of the base that an adapter alone changes, as it leaves them, float32."""
+    config = adapter.config
+    changed = {name: part.float() for name, part in adapter.parts.items()}
+    if config is not None and adapter.tensors:
+        for target in config.targets:
+            name = f"{target}.weight"
+            changed[name] = ADAPTERS[config.peft].merged(base[name], adapter.of_matrix(target), config)
+    return changed
+
+
+def merge_foreign(
+    base_path: Path | str, base: dict[str, Tensor], adapter: Path | str, alone: bool
+) -> dict[str, Tensor]:
+    """As `merge_tensors`, for an adapter that only PEFT can merge."""
+    if not alone:
+        raise ConfigError(f"{adapter}: an adapter of PEFT's merges alone; merge one after the other")
+    model = load_adapter(load_model(base_path), adapter)
+    return base | foreign.merged_tensors(model)

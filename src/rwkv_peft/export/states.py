@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 
 import torch
 
-from ..checkpoint import read_tensors, write_tensors
+from ..checkpoint import check_finite, read_tensors, write_tensors
 from ..errors import CheckpointError, ConfigError
-from ..models import ModelState
-
-WKV = "blocks.{}.att.time_state"
-SHIFT = ("blocks.{}.att.shift_state", "blocks.{}.ffn.shift_state")  # (D,); ours, written only where they are not zero
+from ..models import SHIFT, WKV, ModelState, Rwkv
 
 
 def save_state(state: ModelState, path: Path | str) -> None:
@@ -27,18 +23,30 @@ def save_state(state: ModelState, path: Path | str) -> None:
 
 
 def load_state(path: Path | str) -> ModelState:
-    """The state in a file, for a batch of one, on the CPU. Raises CheckpointError if it holds no state."""
-    tensors = read_tensors(path)
-    layers = sum(bool(re.fullmatch(r"blocks\.\d+\.att\.time_state", name)) for name in tensors)
+    """The state in a file, for a batch of one, float32, on the CPU. Raises CheckpointError if it holds no state."""
+    found = {name: t for name, t in read_tensors(path).items() if name.endswith((".time_state", ".shift_state"))}
+    layers = sum(name.endswith(".time_state") for name in found)
     try:
-        wkv = torch.stack([tensors[WKV.format(i)].float() for i in range(layers)])[:, None]
+        wkv = torch.stack([found[WKV.format(i)].float() for i in range(layers)])[:, None]
         if wkv.ndim != 5 or wkv.shape[-1] != wkv.shape[-2]:
             raise ValueError(f"blocks.0.att.time_state has shape {tuple(wkv.shape[2:])}, not (H,N,N)")
         shift = torch.zeros(layers, 2, 1, wkv.shape[2] * wkv.shape[3])
-        if SHIFT[0].format(0) in tensors:
-            shift = torch.stack(
-                [torch.stack([tensors[n.format(i)].float()[None] for n in SHIFT]) for i in range(layers)]
-            )
+        if len(found) > layers:
+            rows = [torch.stack([found[name.format(i)].float() for name in SHIFT]) for i in range(layers)]
+            shift = torch.stack(rows).reshape(shift.shape)
     except (KeyError, RuntimeError, ValueError) as error:
         raise CheckpointError(f"{path}: holds no whole state ({error}); allowed is blocks.*.att.time_state") from error
+    for name, tensor in found.items():
+        check_finite(path, name, tensor)
     return ModelState(wkv, shift)
+
+
+def check_state(model: Rwkv, state: ModelState, path: Path | str) -> None:
+    """Raise CheckpointError if the state, read from `path`, is none of this model."""
+    layers, heads, head_size = (state.wkv.shape[i] for i in (0, 2, 3))
+    s = model.sizes
+    if (layers, heads, head_size) != (s.layers, s.heads, s.head_size):
+        raise CheckpointError(
+            f"{path}: a state of {layers} layers with {heads} heads of {head_size}; "
+            f"the model has {s.layers} layers with {s.heads} heads of {s.head_size}; give a state of this model"
+        )

@@ -1,4 +1,4 @@
-"""What every RWKV version is: an embedding, layers of time-mix and channel-mix, a head. The versions differ in the mixes.
+"""What every RWKV version is: an embedding, layers of time-mix and channel-mix, a head. Versions differ in the mixes.
 
 Parameters have the names of the official files, where `att` is the time-mix (attention's place) and `ffn` the
 channel-mix. Axes: B rows, T tokens, D width, H heads, N head size, V vocabulary, L layers, S documents.
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..config import AdapterConfig
 from ..errors import CheckpointError
 from ..ops import Backend
 from .layers import Documents, LayerNorm, Linear
@@ -38,7 +39,8 @@ class TimeMix(nn.Module, ABC):
     """The recurrence and what prepares its inputs."""
 
     time_parameters: ClassVar[tuple[str, ...]]
-    """Names of the vectors that are the part `time`."""
+    """Names of the parameters that are the part `time`."""
+    heads: int
     time_state: nn.Parameter | None
     """(H,N,N) the learned initial state, where there is one: row = value index, column = key index."""
     shift_state: nn.Parameter | None
@@ -48,6 +50,15 @@ class TimeMix(nn.Module, ABC):
         super().__init__()
         self.register_parameter("time_state", None)
         self.register_parameter("shift_state", None)
+
+    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
+        """The layer's own vectors and matrices in a dtype, but for the learned state."""
+        own = self.named_parameters(recurse=False)
+        return {name: value.to(dtype) for name, value in own if name not in ("time_state", "shift_state")}
+
+    def split(self, x: Tensor) -> Tensor:
+        """(B,T,D) → (B,T,H,N)."""
+        return x.view(*x.shape[:-1], self.heads, -1)
 
     @abstractmethod
     def forward(
@@ -61,6 +72,7 @@ class ChannelMix(nn.Module, ABC):
 
     time_parameters: ClassVar[tuple[str, ...]]
     shift_state: nn.Parameter | None
+    """(D,) the learned initial token shift."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -98,8 +110,14 @@ class Block(nn.Module):
 
     def start(self, wkv: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
         """The learned initial states in the place of zeros, wkv (S,H,N,N) and shift (2,S,D)."""
-        shift = torch.stack((_learned(self.att.shift_state, shift[0]), _learned(self.ffn.shift_state, shift[1])))
-        return _learned(self.att.time_state, wkv), shift
+        learned = self.att.shift_state, self.ffn.shift_state
+        shift = torch.stack(
+            [z if s is None else s.to(z.dtype).expand_as(z) for s, z in zip(learned, shift, strict=True)]
+        )
+        if self.att.time_state is not None:  # a float64 one stays so
+            dtype = torch.promote_types(self.att.time_state.dtype, wkv.dtype)
+            wkv = self.att.time_state.to(dtype).expand_as(wkv)
+        return wkv, shift
 
 
 class Rwkv(nn.Module, ABC):
@@ -117,11 +135,15 @@ class Rwkv(nn.Module, ABC):
     like: Tensor
     source: str = ""  # name of the file that the weights came from, and their fingerprint
     fingerprint: str = ""
+    adapter_config: AdapterConfig | None = None  # of the adapter that it has, and what it puts in whose place
+    adapter_bases: dict[str, Tensor]
+    adapter_count: int = 0
 
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
         self.grad_checkpoint = False
+        self.adapter_bases = {}
         # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
         self.emb = nn.Embedding(sizes.vocab_size, sizes.width)
@@ -177,18 +199,15 @@ class Rwkv(nn.Module, ABC):
             shift.append(shift_out)
         return self.ln_out(x), ModelState(torch.stack(wkv), torch.stack(shift))
 
+    def layers(self) -> list[Block]:
+        """The layers, in order."""
+        return [cast(Block, block) for block in self.blocks]
+
     def initial_state(self, documents: int = 1) -> ModelState:
         """The state before any token: zeros, or what was learned where a layer has a `time_state` or `shift_state`."""
         zeros = ModelState.zeros(self, documents)
-        starts = [
-            cast(Block, block).start(wkv, shift)
-            for block, wkv, shift in zip(self.blocks, zeros.wkv, zeros.shift, strict=True)
-        ]
+        starts = [b.start(wkv, shift) for b, wkv, shift in zip(self.layers(), zeros.wkv, zeros.shift, strict=True)]
         return ModelState(torch.stack([wkv for wkv, _ in starts]), torch.stack([shift for _, shift in starts]))
-
-
-def _learned(value: Tensor | None, zero: Tensor) -> Tensor:
-    return zero if value is None else value.to(zero.dtype).expand_as(zero)
 
 
 def vector(*shape: int) -> nn.Parameter:
@@ -196,9 +215,15 @@ def vector(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.empty(*shape))
 
 
-def layers_of(shapes: Shapes) -> int:
-    """How many layers the names speak of."""
-    return len({m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
+def common_sizes(shapes: Shapes, heads_by: str) -> dict[str, int]:
+    """The fields of `Sizes`; `heads_by` is a tensor (H,N). Raises CheckpointError if they do not fit together."""
+    layers = len({m[1] for name in shapes if (m := re.match(r"blocks\.(\d+)\.", name))})
+    vocab_size, width = shape_of(shapes, "emb.weight", 2)
+    heads, head_size = shape_of(shapes, heads_by, 2)
+    if heads * head_size != width:
+        raise CheckpointError(f"{heads_by} {heads, head_size}: {heads} heads of {head_size} are not the width {width}")
+    ffn = shape_of(shapes, "blocks.0.ffn.key.weight", 2)[0]
+    return {"layers": layers, "width": width, "head_size": head_size, "vocab_size": vocab_size, "ffn": ffn}
 
 
 def shape_of(shapes: Shapes, name: str, axes: int) -> tuple[int, ...]:

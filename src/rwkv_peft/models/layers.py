@@ -37,11 +37,12 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Documents:
-    """Where documents begin and end, for the token shift: B rows of T tokens, or one row that holds S documents."""
+    """The tokens, and where documents begin and end: B rows of T tokens, or one row that holds S documents."""
 
     def __init__(self, tokens: Tensor, cu_seqlens: Tensor | None) -> None:
         if tokens.ndim != 2 or tokens.shape[1] == 0:
             raise ValueError(f"tokens {tuple(tokens.shape)}: must be (B,T) with T at least 1")
+        self.tokens = tokens
         # on the CPU, so that the layers can read the offsets without waiting for a GPU
         self.cu_seqlens = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).cpu()
         if self.cu_seqlens is None:
@@ -70,3 +71,8 @@ class Documents:
         shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
         shifted = shifted.index_copy(1, self.first, before[self.filled][None].to(x.dtype))
         return shifted, before.to(x.dtype).index_copy(0, self.filled, x[0, self.last])
+
+
+def float32_at_least(dtype: torch.dtype) -> torch.dtype:
+    """What the decay is computed in: errors of `w` grow exponentially in `exp(-exp(w))`."""
+    return torch.promote_types(dtype, torch.float32)

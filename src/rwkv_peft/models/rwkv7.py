@@ -16,44 +16,29 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..errors import CheckpointError
 from ..ops import Backend
-from .base import LN_X_EPS, ChannelMix, Rwkv, Shapes, Shared, TimeMix, layers_of, shape_of, vector
-from .layers import Documents, GroupNorm, Linear
+from .base import LN_X_EPS, ChannelMix, Rwkv, Shapes, Shared, TimeMix, common_sizes, shape_of, vector
+from .layers import Documents, GroupNorm, Linear, float32_at_least
+from .state import Sizes
 
 
 @dataclass(frozen=True)
-class Rwkv7Sizes:
+class Rwkv7Sizes(Sizes):
     """Every size of a model, as its tensors have them."""
 
-    layers: int
-    width: int
-    head_size: int
-    vocab_size: int
-    ffn: int
     rank_w: int
     rank_a: int
     rank_v: int
     rank_g: int
 
-    @property
-    def heads(self) -> int:
-        return self.width // self.head_size
-
     @staticmethod
     def of(shapes: Shapes) -> Rwkv7Sizes:
         """The sizes of the model whose tensors have these shapes. Raises CheckpointError if one is missing."""
-        layers = layers_of(shapes)
-        vocab_size, width = shape_of(shapes, "emb.weight", 2)
-        heads, head_size = shape_of(shapes, "blocks.0.att.r_k", 2)
-        if heads * head_size != width:
-            raise CheckpointError(
-                f"blocks.0.att.r_k {heads, head_size}: {heads} heads of {head_size} are not the width {width}"
-            )
-        rank_w, rank_a, rank_g = (shape_of(shapes, f"blocks.0.att.{x}1", 2)[1] for x in "wag")
-        rank_v = shape_of(shapes, "blocks.1.att.v1", 2)[1] if layers > 1 else 1  # layer 0 has no value residual
-        ffn = shape_of(shapes, "blocks.0.ffn.key.weight", 2)[0]
-        return Rwkv7Sizes(layers, width, head_size, vocab_size, ffn, rank_w, rank_a, rank_v, rank_g)
+        common = common_sizes(shapes, "blocks.0.att.r_k")
+        ranks = {f"rank_{x}": shape_of(shapes, f"blocks.0.att.{x}1", 2)[1] for x in "wag"}
+        # layer 0 has no value residual
+        rank_v = shape_of(shapes, "blocks.1.att.v1", 2)[1] if common["layers"] > 1 else 1
+        return Rwkv7Sizes(**common, **ranks, rank_v=rank_v)
 
 
 class Rwkv7(Rwkv):
@@ -95,29 +80,26 @@ class TimeMix7(TimeMix):
     def forward(
         self, x: Tensor, wkv: Tensor, before: Tensor, shared: Shared, documents: Documents, op: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Shared]:
-        p = {name: value.to(x.dtype) for name, value in self.named_parameters(recurse=False)}
+        p = self.cast(x.dtype)
         shifted, last = documents.shift(x, before)
         delta = shifted - x
         xr, xw, xk, xv, xa, xg = (x + delta * p[name] for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"))
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
         raw_w = p["w0"] + torch.tanh(xw @ p["w1"]) @ p["w2"]
-        w = -F.softplus(-raw_w.to(torch.promote_types(x.dtype, torch.float32))) - 0.5
+        w = -F.softplus(-raw_w.to(float32_at_least(x.dtype))) - 0.5
         iclr = torch.sigmoid(p["a0"] + (xa @ p["a1"]) @ p["a2"])
         gate = torch.sigmoid(xg @ p["g1"]) @ p["g2"]
         if self.is_first:
             shared = shared._replace(v_first=v)
         else:
             v = v + (shared.v_first - v) * torch.sigmoid(p["v0"] + (xv @ p["v1"]) @ p["v2"])
-        kk = F.normalize(self._split(k * p["k_k"]), dim=-1)
+        kk = F.normalize(self.split(k * p["k_k"]), dim=-1)
         k = k * (1 + (iclr - 1) * p["k_a"])
-        r, w, k, v_heads, iclr = (self._split(y) for y in (r, w, k, v, iclr))
+        r, w, k, v_heads, iclr = (self.split(y) for y in (r, w, k, v, iclr))
         y, wkv = op.wkv7(r, w, k, v_heads, kk, iclr, wkv, documents.cu_seqlens)
         bonus = (r * k * p["r_k"]).sum(-1, keepdim=True) * v_heads  # (B,T,H,N)
         y = self.ln_x(y.flatten(2)) + bonus.flatten(2)
         return self.output(y * gate), wkv, last, shared
-
-    def _split(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], self.heads, -1)  # (B,T,D) → (B,T,H,N)
 
 
 class ChannelMix7(ChannelMix):

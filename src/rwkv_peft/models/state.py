@@ -8,20 +8,24 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+# Names of a state's tensors in files and of a learned state's parameters: (H,N,N), and two of (D,)
+WKV = "blocks.{}.att.time_state"
+SHIFT = ("blocks.{}.att.shift_state", "blocks.{}.ffn.shift_state")
 
-class Sizes(Protocol):
+
+@dataclass(frozen=True)
+class Sizes:
     """What the sizes of every version have."""
 
+    layers: int
+    width: int
+    head_size: int
+    vocab_size: int
+    ffn: int
+
     @property
-    def layers(self) -> int: ...
-    @property
-    def vocab_size(self) -> int: ...
-    @property
-    def width(self) -> int: ...
-    @property
-    def heads(self) -> int: ...
-    @property
-    def head_size(self) -> int: ...
+    def heads(self) -> int:
+        return self.width // self.head_size
 
 
 class Model(Protocol):
@@ -57,3 +61,7 @@ class ModelState:
     def __getitem__(self, rows: slice | Tensor) -> ModelState:
         """The state of some of the B rows."""
         return ModelState(self.wkv[:, rows], self.shift[:, :, rows])
+
+    def to(self, device: torch.device | str) -> ModelState:
+        """The state on a device."""
+        return ModelState(self.wkv.to(device), self.shift.to(device))

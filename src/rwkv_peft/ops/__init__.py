@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import chunked, reference
+from . import chunked6, chunked7, reference
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
 
@@ -22,6 +22,8 @@ class Backend:
     """One implementation of the operators; handed to the model, never looked up from the environment."""
 
     name: str
+    wkv5: Wkv
+    wkv6: Wkv
     wkv7: Wkv
     supports: Callable[[torch.device, int], str | None]
     """(device, head size) → None, or the reason why it cannot run there."""
@@ -32,8 +34,8 @@ def _anywhere(device: torch.device, head_size: int) -> None:
 
 
 BACKENDS = {
-    "torch": Backend("torch", chunked.wkv7, _anywhere),
-    "reference": Backend("reference", reference.wkv7, _anywhere),
+    "torch": Backend("torch", chunked6.wkv5, chunked6.wkv6, chunked7.wkv7, _anywhere),
+    "reference": Backend("reference", reference.wkv5, reference.wkv6, reference.wkv7, _anywhere),
 }
 
 

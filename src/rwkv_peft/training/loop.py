@@ -14,7 +14,7 @@ from ..errors import TrainingError
 from ..models import Rwkv
 from .engine import SingleProcess
 from .metrics import Metrics, StepRecord
-from .schedule import learning_rate
+from .optim import set_rates
 from .step import batch_loss
 
 
@@ -44,9 +44,7 @@ def train_loop(
             engine.backward((loss + penalty) / targets)
             step_loss += loss.detach() / targets
 
-        lr = learning_rate(config, step, metrics.total_steps)
-        for group in optimizer.param_groups:
-            group["lr"] = lr
+        lr = set_rates(optimizer, config, step, metrics.total_steps)
         norm = engine.clip(trained, config.clip)
         loss_value, norm_value = torch.stack((step_loss, norm)).tolist()
         check_finite(step + 1, loss_value, norm_value)

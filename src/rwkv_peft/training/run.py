@@ -14,10 +14,10 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..adapters import attach_adapter, save_adapter
-from ..adapters.trainable import make_trainable
+from ..adapters import attach_adapter, load_adapter, save_adapter
+from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
-from ..config import TrainConfig
+from ..config import AdapterConfig, TrainConfig, flag_of
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
@@ -50,6 +50,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
+    config = config.resolved()
     out = config.out
     check_out(out)
     sizes = read_sizes(config.model)
@@ -79,14 +80,32 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
 
 
 def prepare(model: Rwkv, config: TrainConfig) -> None:
-    """Attach the adapter, and let what is to train, train."""
+    """Attach the adapter, or the one to go on with, and let what is to train, train."""
     torch.manual_seed(config.seed)
+    parts = config.parts()
     if config.peft == "full":
+        add_parts(model, parts)
         make_trainable(model, [name for name, _ in model.named_parameters()])
+    elif config.adapter is None:
+        attach_adapter(model, config.adapter_config(), parts)
     else:
-        attach_adapter(model, config.adapter(), config.parts())
+        load_adapter(model, config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
+        check_continued(config, model)
+        add_parts(model, parts)
+        make_trainable(model, [*model.adapter_bases, *(name for part in parts for name in part_names(model, part))])
     model.grad_checkpoint = config.grad_checkpoint
     model.train()
+
+
+def check_continued(config: TrainConfig, model: Rwkv) -> None:
+    """Raise ConfigError if a setting was given that contradicts the adapter to go on with."""
+    saved, asked, plain = model.adapter_config, config.adapter_config(), AdapterConfig()
+    assert saved is not None
+    for name in ("peft", "rank", "alpha", "rank_stabilised", "dora", "targets"):
+        got, want = getattr(asked, name), getattr(saved, name)
+        if got != getattr(plain, name) and got != want and not (name == "targets" and saved.peft == "state"):
+            shown = want if name != "targets" else "its own"
+            raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
 
 
 def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
@@ -95,7 +114,9 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
         save_adapter(model, out / "adapter")
         return out / "adapter"
     base = read_tensors(config.model)
-    trained = {name: p.detach().to(base[name].dtype) for name, p in model.named_parameters()}
+    trained = {
+        name: p.detach().to(base[name].dtype if name in base else p.dtype) for name, p in model.named_parameters()
+    }
     write_tensors(out / "model.pth", base | trained)
     return out / "model.pth"
 
@@ -113,9 +134,10 @@ def describe(config: TrainConfig, model: Rwkv, data: str, total: int) -> Iterato
     number = str(model.dtype).removeprefix("torch.")
     yield f"model  {model.source}: {model.title}, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
     where = f"{number} on {model.like.device}, op {model.op.name}"
-    yield f"train  {config.peft}: {trained:,} of {count:,} parameters; {where}"
+    method = "full" if model.adapter_config is None else model.adapter_config.peft
+    yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
     if config.without_effect():
-        yield f"note   {' '.join(config.without_effect())}: no effect with --peft full, which trains every weight"
+        yield f"note   {' '.join(config.without_effect())}: no effect with --peft {config.peft}"
     yield f"data   {data}"
     yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
 

@@ -1,0 +1,28 @@
+"""An adapter outside a model: what a folder or a file holds."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from ..config import AdapterConfig
+
+
+@dataclass
+class SavedAdapter:
+    """An adapter with what was trained beside it, under official names."""
+
+    config: AdapterConfig | None
+    """Its targets are the full names of the matrices; None if only parts were trained."""
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    """E.g. `blocks.0.att.key.lora_A.weight`."""
+    parts: dict[str, Tensor] = field(default_factory=dict)
+    """E.g. `blocks.0.ln1.weight`, or `blocks.0.att.time_state`."""
+    base: str = ""
+    """Fingerprint of the base; empty if it was not written by us."""
+
+    def of_matrix(self, target: str) -> dict[str, Tensor]:
+        """The adapter's tensors of one matrix, by their names within it."""
+        start = f"{target}."
+        return {name[len(start) :]: tensor for name, tensor in self.tensors.items() if name.startswith(start)}
