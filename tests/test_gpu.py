@@ -22,6 +22,8 @@ from test_ops import DOCUMENTS, assert_same, cast, make_inputs, make_state, resu
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 SIZES: dict[str, Any] = {"layers": 3, "width": 256, "vocab_size": 257, "ranks": (32, 17, 8, 33)}
+REFERENCE = {5: reference.wkv5, 6: reference.wkv6, 7: reference.wkv7}
+versions = pytest.mark.parametrize("version", REFERENCE)
 backends = pytest.mark.parametrize(
     "name", [n for n, b in BACKENDS.items() if b.supports(torch.device("cuda"), 64) is None]
 )
@@ -40,31 +42,34 @@ def on_cpu(found: dict[str, Tensor]) -> dict[str, Tensor]:
 @pytest.mark.parametrize(
     ("B", "T", "H", "N"), [(1, 1, 1, 64), (2, 17, 2, 64), (2, 100, 3, 64), (1, 63, 2, 32), (1, 40, 1, 128)]
 )
-def test_operator_in_float32(name: str, B: int, T: int, H: int, N: int) -> None:
+@versions
+def test_operator_in_float32(version: int, name: str, B: int, T: int, H: int, N: int) -> None:
     if BACKENDS[name].supports(torch.device("cuda"), N):
         pytest.skip(f"{name}: {BACKENDS[name].supports(torch.device('cuda'), N)}")
-    inputs, state = make_inputs(B, T, H, N), make_state(B, H, N)
+    inputs, state = make_inputs(B, T, H, N, version=version), make_state(B, H, N)
     got = results_on_gpu(name, inputs, state, torch.float32)
-    assert_same(got, results(reference.wkv7, inputs, state), 1e-4)
+    assert_same(got, results(REFERENCE[version], inputs, state), 1e-4)
 
 
 @backends
 @pytest.mark.parametrize("bounds", DOCUMENTS.values(), ids=DOCUMENTS)
-def test_operator_with_documents(name: str, bounds: list[int]) -> None:
-    inputs, states = make_inputs(1, bounds[-1], 2, 64), make_state(len(bounds) - 1, 2, 64)
+@versions
+def test_operator_with_documents(version: int, name: str, bounds: list[int]) -> None:
+    inputs, states = make_inputs(1, bounds[-1], 2, 64, version=version), make_state(len(bounds) - 1, 2, 64)
     for place in ("cpu", "cuda"):  # offsets may lie on either
         cu_seqlens = torch.tensor(bounds, dtype=torch.int32, device=place)
         got = results_on_gpu(name, inputs, states, torch.float32, cu_seqlens)
-        assert_same(got, results(reference.wkv7, inputs, states, torch.tensor(bounds)), 1e-4)
+        assert_same(got, results(REFERENCE[version], inputs, states, torch.tensor(bounds)), 1e-4)
 
 
 @backends
 @pytest.mark.parametrize("T", [16, 300])
-def test_operator_in_bf16(name: str, T: int) -> None:
+@versions
+def test_operator_in_bf16(version: int, name: str, T: int) -> None:
     """Within a few roundings of bf16, the final state more exactly."""
-    inputs, state = cast(make_inputs(2, T, 2, 64), torch.bfloat16), make_state(2, 2, 64).float()
+    inputs, state = cast(make_inputs(2, T, 2, 64, version=version), torch.bfloat16), make_state(2, 2, 64).float()
     got = results_on_gpu(name, inputs, state, torch.bfloat16)
-    want = results(reference.wkv7, cast(inputs, torch.float64), state.double())
+    want = results(REFERENCE[version], cast(inputs, torch.float64), state.double())
     errors = {n: float((got[n].double() - want[n]).norm() / want[n].norm()) for n in want}
     assert max(errors.values()) <= 6e-3, errors
     assert got["final_state"].dtype == torch.float32
@@ -74,11 +79,11 @@ def results_on_gpu(
     name: str, inputs: list[Tensor], state: Tensor, dtype: torch.dtype, cu_seqlens: Tensor | None = None
 ) -> dict[str, Tensor]:
     """As `results`, which draws its random function on the CPU."""
-    wkv7 = BACKENDS[name].wkv7
+    wkv = getattr(BACKENDS[name], f"wkv{7 if len(inputs) == 6 else 6 if inputs[1].ndim == 4 else 5}")
 
     def call(*args: Tensor) -> tuple[Tensor, Tensor]:
         *rest, initial, bounds = args
-        y, final = wkv7(*on_gpu(rest, dtype), initial.to("cuda", torch.float32), bounds)
+        y, final = wkv(*on_gpu(rest, dtype), initial.to("cuda", torch.float32), bounds)
         assert y.device.type == final.device.type == "cuda"
         assert (y.dtype, final.dtype) == (dtype, torch.float32)
         return y.cpu(), final.cpu()
@@ -87,11 +92,12 @@ def results_on_gpu(
 
 
 @pytest.mark.parametrize(("dtype", "tolerance", "of_gradients"), [("fp32", 1e-4, 1e-4), ("bf16", 0.03, 0.15)])
+@pytest.mark.parametrize("version", ["x070", "x070a", "x060", "x052"])
 def test_model_and_its_gradients(
-    dtype: str, tolerance: float, of_gradients: float, model_file: Callable[..., Path]
+    version: str, dtype: str, tolerance: float, of_gradients: float, model_file: Callable[..., Path]
 ) -> None:
     """In bf16 as near as on a CPU, where a gradient in bf16 is up to 0.14 off."""
-    path, tokens = model_file(**SIZES), random_tokens(257, 2, 70)
+    path, tokens = model_file(version=version, layers=3, width=256), random_tokens(257, 2, 70)
 
     def everything(device: str, dtype: str) -> dict[str, Tensor]:
         model = rp.load_model(path, dtype, device)
@@ -109,17 +115,23 @@ def test_model_and_its_gradients(
     assert max(errors.values()) <= of_gradients, errors
 
 
-@pytest.mark.parametrize("grad_checkpoint", [False, True])
-def test_a_bf16_run(grad_checkpoint: bool, model_file: Callable[..., Path], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {}, {"grad_checkpoint": True}, {"dora": True}, {"peft": "pissa"}, {"peft": "bone"}, {"peft": "bat"},
+        {"peft": "state", "train_parts": "shift"}, {"train_parts": ("time", "ln", "state")}, {"peft": "full"},
+    ],
+    ids=str,
+)  # fmt: skip
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+def test_a_bf16_run(version: str, settings: dict[str, Any], model_file: Callable[..., Path], tmp_path: Path) -> None:
     """`auto` is bf16 there; its losses are near the CPU's in float32."""
     data = tmp_path / "data.jsonl"
     data.write_text(
         "".join(json.dumps({"prompt": f"{i}+1", "response": str(i + 1) * (i % 5 + 1)}) + "\n" for i in range(20))
     )
-    config = rp.TrainConfig(
-        model_file(**SIZES), [data], tmp_path / "gpu", rank=8, max_steps=5, lr=1e-3, warmup_steps=0,
-        grad_checkpoint=grad_checkpoint,
-    )  # fmt: skip
+    path = model_file(version=version, layers=3, width=256)
+    config = rp.TrainConfig(path, [data], tmp_path / "gpu", rank=8, max_steps=5, lr=1e-3, warmup_steps=0, **settings)
     result = rp.train(config, Console(file=io.StringIO()))
     config.device, config.out = "cpu", tmp_path / "cpu"
     want = rp.train(config, Console(file=io.StringIO()))
@@ -127,8 +139,9 @@ def test_a_bf16_run(grad_checkpoint: bool, model_file: Callable[..., Path], tmp_
     records = [json.loads(line) for line in (result.out / "metrics.jsonl").read_text().splitlines()]
     assert all(record["vram_gib"] > 0 for record in records)
     assert "bfloat16 on cuda" in (result.out / "log.txt").read_text()
-    tensors = read_tensors(result.result / "adapter_model.safetensors")
-    assert {t.dtype for t in tensors.values()} == {torch.float32}
+    if result.result.is_dir():
+        files = [p for p in result.result.iterdir() if p.suffix in (".pth", ".safetensors")]
+        assert {t.dtype for p in files for t in read_tensors(p).values()} == {torch.float32}
 
 
 def test_generating(model_file: Callable[..., Path]) -> None:

@@ -418,6 +418,8 @@ def test_alpha_must_be_given_and_make_sense(tmp_path: Path) -> None:
 def test_alpha_beside_initial_values_is_ambiguous(tmp_path: Path) -> None:
     path = OriginalFile(random_model("x070"), "pissa").write(tmp_path)
     assert message_of(path, ConfigError, alpha=32.0).startswith("--alpha 32: ")
+    named = read_original(path, 32.0, path.with_name("init_pissa.pth")).config  # then it is a PiSSA, which has none
+    assert named is not None and named.peft == "pissa" and named.scale == 1
 
 
 def test_whole_model(tmp_path: Path) -> None:

@@ -248,6 +248,8 @@ class TrainConfig:
             for name, methods in MEANT_FOR.items()
             if name in changed and self.peft not in methods and not (foreign and name == "targets")
         ]
+        if self.adapter is not None and self.svd_iterations != 4:
+            idle.append("--svd-iterations")
         beside = {"time", "ln", "emb", "head"} & set(self.train_parts)  # full trains these anyway
         return [*idle, "--train-parts"] if beside and self.peft == "full" else idle
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .adapters import load_adapter
+from .adapters.folder import check_options
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .export.states import check_state, load_state
@@ -137,9 +138,10 @@ def open_session(config: InferenceConfig) -> Session:
     """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
     config.sampling.check()
     model = load_model(config.model, config.dtype, config.device, config.op)
+    check_options(config.adapter, config.alpha, config.pissa_init)
     for adapter in config.adapter:
-        is_file = adapter.is_file()
-        load_adapter(model, adapter, config.alpha if is_file else None, config.pissa_init if is_file else None)
+        options = (config.alpha, config.pissa_init) if adapter.is_file() else ()
+        load_adapter(model, adapter, *options)
     tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
     if config.state is None:
         return Session(model, tokenizer)

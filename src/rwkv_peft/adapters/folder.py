@@ -116,7 +116,7 @@ def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
     bases: dict[str, Tensor] = dict(getattr(model, "adapter_bases", {}))
     for name, part in parts.items():
         parameter = model.get_parameter(name)
-        value = part.to(parameter.device, torch.float32, copy=True)
+        value = part.to(parameter.device, torch.float32, copy=True).view(parameter.shape)
         if name not in bases:
             bases[name], parameter.data = parameter.data, value
         else:
@@ -153,9 +153,7 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
         return read_original(path, alpha, None if pissa_init is None else Path(pissa_init))
     if not path.is_dir():
         raise CheckpointError(f"{path}: no such folder; an adapter is a folder with adapter_config.json in it")
-    if alpha is not None or pissa_init is not None:
-        flag = "--alpha" if alpha is not None else "--pissa-init"
-        raise ConfigError(f"{flag}: only for a .pth of the original program; {path} holds its own; leave it out")
+    check_options([path], alpha, pissa_init)
     ours = _read_json(path / "rwkv_peft.json") if (path / "rwkv_peft.json").exists() else {}
     if ours.get("format", FORMAT) != FORMAT:
         raise CheckpointError(f"{path}: has format {ours['format']}; this program reads {FORMAT}; update it")
@@ -171,6 +169,15 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
     for name, tensor in {**tensors, **parts, **states}.items():
         check_finite(path, name, tensor)
     return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")))
+
+
+def check_options(paths: Iterable[Path | str], alpha: float | None, pissa_init: Path | str | None) -> None:
+    """Raise ConfigError if an option for files of the original program is given, and none of `paths` is a file."""
+    flag = "--alpha" if alpha is not None else "--pissa-init" if pissa_init is not None else ""
+    if flag and not any(Path(path).is_file() for path in paths):
+        raise ConfigError(
+            f"{flag}: only for an adapter .pth of the original program; a folder holds its own; leave it out"
+        )
 
 
 def check_fit(path: Path | str, saved: SavedAdapter, base: Mapping[str, tuple[int, ...]]) -> None:
@@ -190,7 +197,7 @@ def check_fit(path: Path | str, saved: SavedAdapter, base: Mapping[str, tuple[in
         expected |= _state_shapes(base, saved.parts)
     expected |= {name: base.get(name, ()) for name in saved.parts if name not in expected}
     for name, tensor in {**(saved.tensors if is_ours else {}), **saved.parts}.items():
-        if tuple(tensor.shape) != expected[name]:
+        if _true_axes(tensor.shape) != _true_axes(expected[name]):
             raise CheckpointError(f"{path}: {name} {tuple(tensor.shape)} does not fit this base; name its own base")
 
 
@@ -222,6 +229,11 @@ def _state_shapes(base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Tenso
         shapes[f"{block}.att.time_state"] = (heads, size, size)
         shapes |= {f"{block}.{mix}.shift_state": (width,) for mix in ("att", "ffn")}
     return {name: shape for name, shape in shapes.items() if name in parts}
+
+
+def _true_axes(shape: Iterable[int]) -> list[int]:
+    """Without those of length 1: a vector may be stored as (D,) or (1,1,D)."""
+    return [length for length in shape if length != 1]
 
 
 def _read_listed(path: Path, file: str, listed: object) -> dict[str, Tensor]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapters import ADAPTERS, SavedAdapter, foreign, load_adapter, read_adapter
-from ..adapters.folder import check_fit
+from ..adapters.folder import check_fit, check_options
 from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, read_tensors, write_tensors
 from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
@@ -46,7 +46,8 @@ def merge(
     base = read_tensors(base_path)
     check_model(base_path, base)
     paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    adapters = [(path, read_adapter(path, alpha, pissa_init)) for path in paths]
+    check_options(paths, alpha, pissa_init)
+    adapters = [(p, read_adapter(p, alpha, pissa_init) if Path(p).is_file() else read_adapter(p)) for p in paths]
     foreigners = [path for path, saved in adapters if saved.config and saved.config.peft.startswith(FOREIGN)]
     if foreigners:
         merged = merge_foreign(base_path, base, foreigners[0], alone=len(paths) == 1)
@@ -82,7 +83,7 @@ def merge_tensors(base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, 
 def changed_tensors(base: dict[str, Tensor], adapter: SavedAdapter) -> dict[str, Tensor]:
     """The tensors of the base that an adapter alone changes, as it leaves them, float32."""
     config = adapter.config
-    changed = {name: part.float() for name, part in adapter.parts.items()}
+    changed = {n: part.float().view(base[n].shape if n in base else part.shape) for n, part in adapter.parts.items()}
     if config is not None and adapter.tensors:
         for target in config.targets:
             name = f"{target}.weight"

@@ -3,7 +3,7 @@
 That matrix (R,R) is the token's row of `s_emb` plus a linear function `s_emb_x` of its embedding; `s1` brings the input
 down to R numbers, `s2` brings their product with the matrix up to the F inner channels, where `s0` is added.
 
-Axes: B rows, T tokens, D width, F inner width, R rank, V vocabulary. Source: RWKV-LM's RWKV-v7/train_temp.
+Axes: B rows, T tokens, D width, F inner width, R rank, V vocabulary. Source: RWKV-LM, RWKV-v7/rwkv_v7a_demo.py.
 """
 
 from __future__ import annotations

@@ -106,6 +106,7 @@ def check_continued(config: TrainConfig, model: Rwkv) -> None:
         if got != getattr(plain, name) and got != want and not (name == "targets" and saved.peft == "state"):
             shown = want if name != "targets" else "its own"
             raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
+    saved.dropout = config.dropout or saved.dropout
 
 
 def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
