@@ -33,12 +33,16 @@ MAY_IMPORT = {
     "plan": READERS,
     "demo": {"training", "inference", "export", "data", "loading", "yaml_config"},
     "web": {"training", "inference", "export", "plan"},
-    "cli": {"yaml_config", "training", "demo", "inference", "chat_repl", "export", "plan", "web"},
+    "legacy": {"yaml_config", "checkpoint", "loading"},
+    "cli": {"yaml_config", "legacy", "training", "demo", "inference", "chat_repl", "export", "plan", "web"},
     "__init__": READERS | {"training", "inference", "export"},
     "__main__": {"cli"},
 }
 # What a lazy room imports outside its functions; everything else inside
-AT_ONCE = {"cli": {"config", "errors", "yaml_config", "__version__"}}
+AT_ONCE = {
+    "cli": {"config", "errors", "yaml_config", "__version__"},
+    "legacy": {"config", "errors", "yaml_config", "legacy"},
+}
 READS_ENVIRONMENT = {"training/engine.py"}
 
 FILES = sorted(PACKAGE.rglob("*.py"))

@@ -174,7 +174,7 @@ def test_groups_of_lora_and_parts(load: Callable[..., Rwkv]) -> None:
         (AdapterConfig("lora", rank=1), None, None),  # one row is a vector
         (AdapterConfig("lora", rank=2, dora=True), "lora_[AB].weight", "lora_[AB].weight"),
     ],
-    ids=str,
+    ids=["bone", "bat", "rank 1", "dora"],
 )
 def test_groups_of_other_adapters(
     config: AdapterConfig, decays: str | None, muon: str | None, load: Callable[..., Rwkv]
@@ -213,6 +213,7 @@ def test_rates_of_each_group_at_each_step(load: Callable[..., Rwkv]) -> None:
         lr=2e-3, lr_state=0.5, layerwise_lr=True, weight_decay=0.2, weight_decay_final=0.1, schedule="wsd"
     )
     optimizer = build_optimizer(model, config)
+    assert sorted(g["lr"] for g in optimizer.param_groups) == pytest.approx([2e-3, 2e-3, 4e-3, 0.5])
     for step in range(20):
         assert set_rates(optimizer, config, step, 20) == learning_rate(config, step, 20)
         for g in optimizer.param_groups:
@@ -333,7 +334,7 @@ def test_only_matrices_decay(optim: str, load: Callable[..., Rwkv]) -> None:
     [("adamw", "cpu"), pytest.param("adamw", "cuda", marks=gpu), pytest.param("paged-adamw", "cuda", marks=gpu)],
 )
 def test_adamw_is_its_formula(optim: str, device: str, load: Callable[..., Rwkv]) -> None:
-    """Loshchilov & Hutter 2019 (arXiv 1711.05101) in float64."""
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101) in float64. bitsandbytes decays after the step on a GPU."""
     model = tuned(load, device)
     config = settings(optim=optim, lr=1e-2, lr_state=0.05, layerwise_lr=True, weight_decay=0.1, weight_decay_final=0.3)
     (b1, b2), eps = config.betas, config.adam_eps
@@ -348,17 +349,17 @@ def test_adamw_is_its_formula(optim: str, device: str, load: Callable[..., Rwkv]
                 x, m, v = want[name]
                 g, group = p.grad.double().cpu(), groups[p]
                 m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
-                x = x * (1 - group["lr"] * group["weight_decay"])
-                x = x - group["lr"] * m / (1 - b1 ** (step + 1)) / ((v / (1 - b2 ** (step + 1))).sqrt() + eps)
-                want[name] = x, m, v
+                move = group["lr"] * m / (1 - b1 ** (step + 1)) / ((v / (1 - b2 ** (step + 1))).sqrt() + eps)
+                keep = 1 - group["lr"] * group["weight_decay"]
+                want[name] = (keep * x - move if optim == "adamw" else keep * (x - move)), m, v
     errors = {n: difference(p.cpu(), want[n][0]) for n, p in trained(model).items()}
-    assert max(errors.values()) < 1e-6, errors
+    assert max(errors.values()) < (1e-6 if optim == "adamw" else 1e-5), errors
 
 
 @pytest.mark.parametrize("device", ["cpu", on_a_gpu])
 def test_adamw_in_8_bits_is_near(device: str, load: Callable[..., Rwkv]) -> None:
-    """Vectors exactly so; matrices within a tenth of the way that they went."""
-    config = settings(lr=1e-2, weight_decay=0.1)
+    """Small tensors, which it keeps in 32 bits, exactly so; large ones within a tenth of the way that they went."""
+    config = settings(lr=1e-2)
     models = [tuned(load, device) for _ in range(2)]
     start = trained(models[0])
     for model, optim in zip(models, ("adamw", "adamw8bit"), strict=True):
@@ -373,11 +374,9 @@ def test_muon_takes_the_matrices(load: Callable[..., Rwkv]) -> None:
     """And AdamW the rest, each as torch's own would alone."""
     config = settings(optim="muon", lr=1e-2, lr_state=0.05, weight_decay=0.1, betas=(0.8, 0.95), adam_eps=1e-6)
     model, alone = tuned(load), tuned(load)
-    parts = [[], []]  # type: list[list[dict[str, Any]]]
-    for group in parameter_groups(alone, config):
-        parts[group["muon"]].append(group)
-    others = torch.optim.AdamW(parts[False], betas=(0.8, 0.95), eps=1e-6)
-    muon = torch.optim.Muon(parts[True], adjust_lr_fn="match_rms_adamw")
+    groups = parameter_groups(alone, config)
+    muon = torch.optim.Muon([g for g in groups if g["muon"]], adjust_lr_fn="match_rms_adamw")
+    others = torch.optim.AdamW([g for g in groups if not g["muon"]], betas=(0.8, 0.95), eps=1e-6)
     take_steps(model, build_optimizer(model, config), config, range(5))
     for step in range(5):
         give_gradients(alone, step)
@@ -409,8 +408,8 @@ def test_adafactor_steps_are_as_long_as_the_rate(size: float, load: Callable[...
 # --- state
 
 
-def assert_continues(optim: str, device: str, load: Callable[..., Rwkv], **sizes: Any) -> None:
-    """A new optimiser with the state of another, through a file, goes on as that one does, bit for bit."""
+def assert_continues(optim: str, device: str, load: Callable[..., Rwkv], **sizes: Any) -> torch.optim.Optimizer:
+    """A new optimiser with the state of another, through a file, goes on as that one does, bit for bit; that one."""
     config = settings(optim=optim, lr=1e-2, weight_decay=0.1)
     one, two = tuned(load, device, **sizes), tuned(load, device, **sizes)
     first, second = build_optimizer(one, config), build_optimizer(two, config)
@@ -425,6 +424,7 @@ def assert_continues(optim: str, device: str, load: Callable[..., Rwkv], **sizes
         take_steps(model, optimizer, config, range(3, 6))
     got, want = trained(two), trained(one)
     assert not [n for n in want if not torch.equal(got[n], want[n])]
+    return second
 
 
 @pytest.mark.parametrize("device", ["cpu", on_a_gpu])
@@ -437,18 +437,18 @@ def test_state_continues_exactly(optim: str, device: str, load: Callable[..., Rw
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("optim", PAGED)
 def test_paged_state(optim: str, load: Callable[..., Rwkv]) -> None:
-    """Large tensors have it, it changes no result, and it continues exactly."""
-    config = settings(optim=optim, lr=1e-2, weight_decay=0.1)
+    """Large tensors have it, after `load_state_dict` too; it changes no result, and it continues exactly."""
+    config = settings(optim=optim, lr=1e-2)
     models = [tuned(load, "cuda", vocab_size=4096) for _ in range(2)]
     optimizers = [build_optimizer(m, replace(config, optim=o)) for m, o in zip(models, (optim, optim[6:]), strict=True)]
     for model, optimizer in zip(models, optimizers, strict=True):
         take_steps(model, optimizer, config, range(5))
-    state = {n: optimizers[0].state[p]["state1"] for n, p in models[0].named_parameters() if p.requires_grad}
-    paged = {n for n, x in state.items() if getattr(x, "is_paged", False)}
-    assert paged == {"emb.weight", "head.weight"}
     got, want = (trained(model) for model in models)
-    assert max(difference(got[n], want[n]) for n in want) < 1e-6
-    assert_continues(optim, "cuda", load, vocab_size=4096)
+    assert max(difference(got[n], want[n]) for n in want) < 1e-5
+    for optimizer in optimizers[0], assert_continues(optim, "cuda", load, vocab_size=4096):
+        large = [p for g in optimizer.param_groups for p in g["params"] if p.numel() > 1e5]
+        assert len(large) == 2
+        assert all(optimizer.state[p][name].is_paged for p in large for name in ("state1", "state2"))
 
 
 # --- what cannot run

@@ -39,6 +39,8 @@ class Command:
     positional: tuple[str, ...] = ()
     """Settings that may be given without their flag, in this order."""
     if_memory_ends: str = "choose a smaller model, or another --device"
+    hint: str = ""
+    """The last sentence of its help."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -74,10 +76,7 @@ def run(argv: list[str]) -> int:
     if any(flag in rest for flag in HELP_FLAGS):
         print(parser(name, everything="--help-all" in rest).format_help(), end="")
         return 0
-    try:
-        config = parse(name, rest)
-    except ConfigError as error:
-        raise ConfigError(f"{error}\nsee: {PROGRAM} {name} --help") from error
+    config = read_settings(name, rest)
     try:
         return command.run(config) or 0
     except (MemoryError, RuntimeError) as error:
@@ -93,6 +92,19 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 # Reading the command line
+
+
+def read_settings(name: str, argv: Sequence[str]) -> Any:
+    """The settings of a command; `train` knows the command line of the original program too. Raises RwkvPeftError."""
+    if name == "train":
+        from . import legacy
+
+        if legacy.is_old(argv):
+            return legacy.config_of(argv)
+    try:
+        return parse(name, argv)
+    except ConfigError as error:
+        raise ConfigError(f"{error}\nsee: {PROGRAM} {name} --help") from error
 
 
 def parse(name: str, argv: Sequence[str]) -> Any:
@@ -144,11 +156,12 @@ def parser(name: str, everything: bool) -> Parser:
     command = COMMANDS[name]
     settings, docs = settings_of(command.kind), field_docs(command.kind)
     hidden = [] if everything else [key for key, setting in settings.items() if ADVANCED in setting.marks]
+    more = "--help-all shows every setting; these are the ones that people use first. " if hidden else ""
     result = Parser(
         prog=f"{PROGRAM} {name}",
         usage=" ".join([PROGRAM, name, *map(str.upper, command.positional), "[settings]"]),
         description=command.kind.__doc__,
-        epilog="--help-all shows every setting; these are the ones that people use first." if hidden else None,
+        epilog=more + command.hint,
         argument_default=argparse.SUPPRESS,
         allow_abbrev=False,
         formatter_class=lambda prog: argparse.HelpFormatter(prog, max_help_position=32),
@@ -250,9 +263,7 @@ def merge(config: MergeConfig) -> None:
     from .export.merge import merge
 
     print(
-        merge(
-            config.base, config.adapter, config.out, config.dtype, config.overwrite, config.alpha, config.pissa_init
-        )
+        merge(config.base, config.adapter, config.out, config.dtype, config.overwrite, config.alpha, config.pissa_init)
     )
 
 
@@ -277,6 +288,7 @@ COMMANDS = {
         TrainConfig,
         train,
         if_memory_ends="try --grad-checkpoint, or a smaller --micro-batch, --ctx-len or --rank",
+        hint="The original's flags work too: docs/migration.md.",
     ),
     "merge": Command("add an adapter to its base: BASE ADAPTER OUT", MergeConfig, merge, ("base", "adapter", "out")),
     "generate": Command("continue a prompt", GenerateConfig, generate),

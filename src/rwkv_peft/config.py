@@ -148,11 +148,11 @@ class TrainConfig:
     max_steps: int | None = None
     """Optimiser steps, however many epochs they take. [as --epochs says]"""
     lr: float | None = None
-    """Peak learning rate. [2e-4; full: 2e-5; state: that of --lr-state]"""
+    """Peak learning rate. [2e-4; full: 2e-5; of states: --lr-state]"""
     lr_final: float | None = None
     """Learning rate at the last step. [a tenth of --lr]"""
     lr_state: Annotated[float | None, ADVANCED] = None
-    """Peak learning rate of a learned initial state, which wants a high one. [--lr with --peft state, else 0.1]"""
+    """Peak learning rate of a learned initial state, which wants a high one. [0.1; with --peft state, --lr if given]"""
     layerwise_lr: Annotated[bool | None, ADVANCED] = None
     """Twice the rate for the decays (RWKV-7 `w0`, RWKV-5/6 `time_decay`), as the original does. [with full only]"""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
@@ -161,7 +161,7 @@ class TrainConfig:
     """Steps over which the learning rate rises from 0."""
     wsd_decay: Annotated[float, ADVANCED] = 0.2
     """Share of the steps over which wsd falls, from 0 to 1."""
-    optim: Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adam-mini", "adafactor", "muon"] = "adamw"
+    optim: Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adafactor", "muon"] = "adamw"
     """Optimiser."""
     weight_decay: Annotated[float, ADVANCED] = 0.0
     """Decay of the weights at each step, on matrices only."""
@@ -195,13 +195,15 @@ class TrainConfig:
     def resolved(self) -> TrainConfig:
         """A copy in which every setting that depends on others has its value. Call `check` first."""
         is_state, is_full = self.peft == "state", self.peft == "full"
-        lr = self.lr or (self.lr_state or LR_STATE if is_state else 2e-5 if is_full else 2e-4)
+        lr_state = self.lr_state or (self.lr if is_state and self.lr else LR_STATE)
+        states_only = is_state and not {"time", "ln", "emb", "head"} & set(self.parts())
+        lr = self.lr or (lr_state if states_only else 2e-5 if is_full else 2e-4)
         return replace(
             self,
             train_parts=self.parts() or ("none",),
             lr=lr,
             lr_final=lr / 10 if self.lr_final is None else self.lr_final,
-            lr_state=self.lr_state or (lr if is_state else LR_STATE),
+            lr_state=lr_state,
             layerwise_lr=is_full if self.layerwise_lr is None else self.layerwise_lr,
             weight_decay_final=self.weight_decay if self.weight_decay_final is None else self.weight_decay_final,
         )

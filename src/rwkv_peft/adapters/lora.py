@@ -69,7 +69,8 @@ class LoraLinear(AdaptedLinear):
         sum_ = torch.addmm(weight.float(), tensors[B].float(), tensors[A].float(), alpha=config.scale)
         if not config.dora:
             return sum_
-        return sum_ * (tensors[MAGNITUDE].float() / torch.linalg.vector_norm(sum_, dim=1))[:, None]
+        lengths: Tensor = torch.linalg.vector_norm(sum_, dim=1)
+        return sum_ * (tensors[MAGNITUDE].float() / lengths)[:, None]
 
     @staticmethod
     def to_peft(config: AdapterConfig) -> dict[str, Any]:

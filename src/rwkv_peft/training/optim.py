@@ -94,7 +94,23 @@ def from_bitsandbytes(optim: str, device: torch.device) -> Any:
         import bitsandbytes.optim
     except ImportError as error:
         raise ConfigError(f"--optim {optim}: needs the package bitsandbytes; pip install bitsandbytes") from error
-    return getattr(bitsandbytes.optim, BITSANDBYTES[optim])
+    kind = getattr(bitsandbytes.optim, BITSANDBYTES[optim])
+    return kind if plain == optim else paged(kind)
+
+
+def paged(kind: Any) -> Any:
+    """A class of bitsandbytes that pages its state after `load_state_dict` too, where its own leaves it on the GPU."""
+
+    class Paged(kind):  # type: ignore[misc]
+        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+            super().load_state_dict(state_dict, move_to_device=False)
+            for p, state in self.state.items():
+                for name in ("state1", "state2"):
+                    state[name] = self.get_state_buffer(p, state[name].dtype).copy_(state[name])
+                for name in state.keys() & {"qmap1", "qmap2", "absmax1", "absmax2"}:
+                    state[name] = state[name].to(p.device)
+
+    return Paged
 
 
 class MuonAdamW(torch.optim.Optimizer):

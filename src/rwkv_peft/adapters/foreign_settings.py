@@ -1,0 +1,125 @@
+"""The settings of Hugging Face PEFT's methods: from ours to PEFT's, to and from its `adapter_config.json`."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import math
+from collections.abc import Mapping, Sequence
+from difflib import get_close_matches
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+from torch import nn
+
+from ..checkpoint import first_line
+from ..config import FOREIGN, AdapterConfig
+from ..errors import CheckpointError, ConfigError
+
+UNTOLD = 2**31  # AdaLoRA's number of steps while nobody knows it
+PROMPTS = "works on the prompts of attention, which RWKV has not; --peft state learns what comes before a text"
+UNFIT = {
+    "ADAPTION_PROMPT": PROMPTS,
+    "POLY": "needs the number of a task beside every example",
+    "SHADOW": "needs the decoder blocks of a Transformers model",
+    "TRAINABLE_TOKENS": "trains rows of the embedding; --train-parts emb does that",
+    "XLORA": "mixes finished adapters of a Transformers model",
+}
+# entries of adapter_config.json that are not the method's
+GENERAL = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
+
+
+def library(name: str) -> Any:
+    """A module of PEFT. Raises ConfigError if it, or one that it needs, is not installed."""
+    try:
+        return importlib.import_module(name)
+    except ImportError as error:
+        raise ConfigError(f"--peft {FOREIGN}METHOD: needs the package peft ({error}); pip install peft") from error
+
+
+def make_config(model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> Any:
+    """An object of PEFT's config class of the method. Raises ConfigError."""
+    kinds = {kind.value: cls for kind, cls in library("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING.items()}
+    fit = sorted(name for name, cls in kinds.items() if name not in UNFIT and "target_modules" in setting_names(cls))
+    method = config.peft.removeprefix(FOREIGN).upper()
+    if method not in fit:
+        why = UNFIT.get(method, PROMPTS) if method in kinds else "PEFT has no such method"
+        raise ConfigError(f"--peft {config.peft}: {why}; allowed are {' '.join(fit)}{hint(method, fit)}")
+    check_settings(method, kinds[method], config.peft_config)
+    chosen = {"target_modules": list(targets), **defaults(method, model, config, targets), **config.peft_config}
+    try:
+        made = kinds[method](**chosen)
+        if method == "ADALORA" and not 0 < made.target_r < made.init_r:
+            raise ValueError(f"target_r {made.target_r} must be below init_r {made.init_r}, and above 0")
+    except (ImportError, TypeError, ValueError) as error:
+        raise ConfigError(f"--peft-config: not for {method}: {first_line(error)}") from error
+    return made
+
+
+def check_settings(method: str, kind: type, given: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a setting that the method has not, or that is no number where one is wanted."""
+    known = {field.name: field.default for field in dataclasses.fields(kind)}
+    allowed = sorted(known.keys() - GENERAL)
+    for key, value in given.items():
+        if key not in allowed:
+            means = f"{method} has no such setting; allowed are {' '.join(allowed)}{hint(key, allowed)}"
+            raise ConfigError(f"--peft-config {key}: {means}")
+        if is_number(known[key]) and value is not None and not is_number(value):
+            raise ConfigError(f"--peft-config {key} {value!r}: must be a number; {method}'s default is {known[key]}")
+
+
+def setting_names(kind: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(kind)}
+
+
+def is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def hint(word: str, allowed: Sequence[str]) -> str:
+    near = get_close_matches(word, allowed, n=1)
+    return f"; did you mean {near[0]}?" if near else ""
+
+
+def defaults(method: str, model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> dict[str, Any]:
+    """Settings that PEFT wants, or whose defaults do not suit this model."""
+    matrices: list[Any] = [model.get_submodule(name) for name in targets]
+    size = math.gcd(*(n for matrix in matrices for n in (matrix.in_features, matrix.out_features)))
+    block = max(n for n in range(1, 257) if size % n == 0)  # PEFT's default is 256
+    norms = [name for name, module in model.named_modules() if isinstance(module, nn.LayerNorm | nn.GroupNorm)]
+    known: dict[str, dict[str, Any]] = {
+        "ADALORA": {"total_step": UNTOLD},
+        "C3A": {"block_size": block},
+        "FROD": {"progressbar": False},
+        "IA3": {"feedforward_modules": r".*ffn\.value"},  # scaled at its input, as in the paper
+        "LN_TUNING": {} if config.targets else {"target_modules": norms},
+        "VBLORA": {"vector_length": block},
+    }
+    return known.get(method, {})
+
+
+def to_json(config: Any, source: str) -> dict[str, Any]:
+    """PEFT's `adapter_config.json`; `source` names the base."""
+    pruned = {"rank_pattern": None} if config.peft_type == "ADALORA" else {}  # we save every rank
+    return {**plain(config.to_dict()), "base_model_name_or_path": source, "inference_mode": True, **pruned}
+
+
+def config_of(path: Path, settings: Mapping[str, Any]) -> AdapterConfig:
+    """The settings that an `adapter_config.json` means. Raises CheckpointError if it names no method."""
+    kind = settings.get("peft_type")
+    if not isinstance(kind, str):
+        raise CheckpointError(f"{path}/adapter_config.json: names no method as peft_type; copy the folder again")
+    return AdapterConfig(FOREIGN + kind, peft_config={k: v for k, v in settings.items() if k not in GENERAL})
+
+
+def plain(value: Any) -> Any:
+    """A value as JSON has it."""
+    if isinstance(value, Mapping):
+        return {str(key): plain(item) for key, item in value.items()}
+    if isinstance(value, set | frozenset | list | tuple):
+        items = [plain(item) for item in value]
+        return sorted(items) if isinstance(value, set | frozenset) else items
+    return value.value if isinstance(value, Enum) else value

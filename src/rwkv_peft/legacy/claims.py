@@ -1,0 +1,63 @@
+"""What an old command line says of the model, the data and the machine, compared with them."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..errors import ConfigError
+from .table import TABLE
+
+
+def check_claims(claims: Mapping[str, Any], model: Path | str, data: Sequence[Path] = ()) -> list[str]:
+    """Compare what a line says with the model file, the data and the machine.
+
+    Returns notes. Raises ConfigError where the line contradicts a file, CheckpointError if the model file is none.
+    """
+    from ..checkpoint import read_tensors
+    from ..loading import check_model
+
+    asked = {name: value for name, value in claims.items() if TABLE[name].kind == "checked"}
+    if asked:
+        kind, sizes = check_model(model, read_tensors(model))
+        found = {
+            "my_testing": kind.version, "n_layer": sizes.layers, "n_embd": sizes.width, "vocab_size": sizes.vocab_size,
+            "dim_att": sizes.width, "dim_ffn": sizes.ffn, "head_size_a": sizes.head_size, "head_size_divisor": 8,
+        }  # fmt: skip
+        for name, value in asked.items():
+            if value != found[name] and not (name == "my_testing" and generation(value) == generation(kind.version)):
+                raise ConfigError(
+                    f"--{name} {value}: the model file has {found[name]}; leave the flag out, or name the right model"
+                )
+    if "loss_mask" in claims:
+        refuse_text(data)
+    return no_gpu(str(claims["accelerator"])) if "accelerator" in claims else []
+
+
+def generation(version: str) -> str:
+    """7 for x070 and its variants, as the original saw it."""
+    return next((digit for digit in "765" if digit in version), version)
+
+
+def refuse_text(data: Sequence[Path]) -> None:
+    """Raise ConfigError if a file's first line is plain text, whose answers cannot be told from its questions."""
+    for path in data:
+        try:
+            with path.open(encoding="utf-8") as file:
+                line = json.loads(next((line for line in file if line.strip()), "null"))
+        except (OSError, ValueError):
+            continue  # what is wrong with it is said when the data is read
+        if isinstance(line, dict) and "text" in line and not {"messages", "conversations"} & line.keys():
+            raise ConfigError(
+                f"--loss_mask qa: {path} holds lines of text, for which it is not there yet; write them as messages "
+                "(docs/data.md), of which only the answers train"
+            )
+
+
+def no_gpu(accelerator: str) -> list[str]:
+    """A note if there is no GPU."""
+    import torch
+
+    return [] if torch.cuda.is_available() else [f"--accelerator {accelerator}: no GPU here, so the CPU does it"]

@@ -1,0 +1,562 @@
+"""The original's command lines: that each trains what it trained there, or says what is missing; and `--split`."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import math
+import re
+import shlex
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from string import Template
+from typing import Any
+
+import pytest
+import torch
+
+from conftest import random_model
+from rwkv_peft.cli import main
+from rwkv_peft.config import TrainConfig
+from rwkv_peft.data.sampling import choose, load_dataset
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.legacy import TABLE, check_claims, is_old, translate
+from rwkv_peft.yaml_config import convert, read_yaml, settings_of
+
+ROOT = Path(__file__).parents[1]
+# Every flag of the original's train.py in the version of its README; then those of other versions, READMEs and scripts
+FLAGS = """
+load_model wandb proj_dir random_seed data_file data_type vocab_size ctx_len epoch_steps epoch_count epoch_begin
+epoch_save micro_bsz n_layer n_embd dim_att dim_ffn pre_ffn head_qk tiny_att_dim tiny_att_layer lr_init lr_final
+warmup_steps beta1 beta2 adam_eps grad_cp dropout weight_decay weight_decay_final my_pile_version my_pile_stage
+my_pile_shift my_pile_edecay layerwise_lr ds_bucket_mb my_sample_len my_ffn_shift my_att_shift head_size_a
+head_size_divisor my_pos_emb load_partial magic_prime my_qa_mask my_random_steps my_testing my_exit my_exit_tokens
+peft train_parts lora_config pissa_config disha_config quant dataload chunk_ctx fla train_type loss_mask mask_id
+data_shuffle optim avg_loss sft_field sft_split op fused_kernel lr_schedule accelerator strategy devices num_nodes
+precision accumulate_grad_batches
+"""
+OTHER_FLAGS = """
+bone_config miss_config peft_config merge num_workers persistent_workers prefetch_factor lora lora_load lora_r
+lora_alpha lora_dropout lora_parts emb LISA lisa_r lisa_k PISSA svd_niter pissa_load pissa_init state_tune compile
+l2warp_sparse
+"""
+DEFAULTS = {
+    "epoch_steps": "1000", "epoch_count": "500", "micro_bsz": "12", "lr_init": "6e-4", "lr_final": "1e-5",
+    "warmup_steps": "-1", "peft": "none", "train_parts": '["time", "ln"]', "layerwise_lr": "1", "random_seed": "-1",
+    "lora_config": '{"lora_load":"", "lora_r":8, "lora_alpha":32, "lora_dropout":0.01}', "dataload": "pad",
+}  # fmt: skip
+
+# What the scripts have in common; their shell variables are $names here too
+MODEL = "--load_model $load_model --proj_dir $proj_dir --data_file $data_file "
+SIZES = "--vocab_size 65536 --n_layer $n_layer --n_embd $n_embd "
+STEPS = "--ctx_len $ctx_len --epoch_steps $epoch_steps --epoch_count 1 --epoch_begin 0 --epoch_save $epoch_save "
+STEPS += "--micro_bsz $micro_bsz "
+ADAM = "--beta1 0.9 --beta2 0.99 --adam_eps 1e-8 "
+GPU = "--accelerator gpu --devices 1 --precision bf16 --strategy deepspeed_stage_1 --grad_cp 1 "
+RATES = f"--lr_init 2e-5 --lr_final 2e-5 --warmup_steps 0 {ADAM}"
+PAD = "--data_type binidx --dataload pad --loss_mask pad "
+ALL = MODEL + SIZES + STEPS + RATES + GPU
+OLD_ALL = f"{MODEL}--data_type binidx {SIZES}{STEPS}--pre_ffn 0 --head_qk 0 {RATES}{GPU}"
+FLAT = "--lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn,time,ln "
+LORA = """--peft lora --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}' """
+PISSA = """--peft pissa --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}' """
+BONE = """--peft bone --bone_config '{"bone_load":"","bone_r":64}' """
+BONE_MODE = """--peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":64}' """
+DISHA = """--peft disha --disha_config '{"mode":"bone","load":"","r":64}' """
+BAT = """--peft disha --disha_config '{"mode":"bat","load":"","r":64}' """
+SFT = "--data_type sft --sft_field query response "
+V5, V6, V7 = "x052", "x060", "x070"
+
+# name: (version of the model, line, what trains: a method with its rank, and parts)
+RUNS: dict[str, tuple[str, str, str]] = {
+    "scripts/run_lora.sh": (V6, ALL + PAD + '--my_testing "x060" ' + LORA, "lora 32 time ln"),
+    "scripts/run_pissa.sh": (V7, ALL + PAD + '--my_testing "x070" ' + PISSA, "pissa 32 time ln"),
+    "its first version": (V6, OLD_ALL + '--my_testing "x060" --dataload pad ' + PISSA + "--wandb peft-loss",
+                          "pissa 32 time ln"),
+    "scripts/run_bone.sh": (V6, OLD_ALL + '--my_testing "x060" --dataload pad --loss_mask pad ' + BONE
+                            + "--train_parts [] --wandb peft-loss", "bone 64"),
+    "scripts/run_disha.sh": (V6, ALL + PAD + '--my_testing "x060" ' + DISHA, "bone 64 time ln"),
+    "scripts/run_sft.sh": (V7, ALL + '--my_testing "x070" ' + BONE_MODE + SFT + '--sft_split "train" --wandb DiSHA',
+                           "bone 64 time ln"),
+    "its thousand": (V6, ALL + '--my_testing "x060" ' + BONE_MODE + "--data_shuffle 0 " + SFT
+                     + '--sft_split "train[:1000]"', "bone 64 time ln"),
+    "scripts/demo-state-tuning.sh": (V6, f"{MODEL}--data_type binidx {SIZES}{STEPS}--pre_ffn 0 --head_qk 0 "
+                                     f"--lr_init 1 --lr_final 1e-2 --warmup_steps 10 {ADAM}{GPU}"
+                                     '--my_testing "x060" --train_type "state"  --dataload pad --fla', "state"),
+    "scripts/run_lora_fp8.sh, not quantised": (V6, OLD_ALL + '--my_testing "x060" '
+        + LORA.replace("}", ',"lora_parts":"att,ffn"}') + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA"',
+        "lora 32"),
+    "scripts/test.sh, all weights": (V7, ALL + PAD + '--my_testing "x070" --fla', "full"),
+    "demo/demo-lora.sh": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT, "lora 64 time ln"),
+    "demo/demo-pissa.sh, not quantised": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT + "--PISSA --svd_niter 4",
+                                          "pissa 64 time ln"),
+    "README of RWKV-5": (V5, OLD_ALL.replace("stage_1", "stage_2") + FLAT, "lora 64 time ln"),
+    "README: DiSHA(Bone)": (V7, ALL + SFT + DISHA + '--my_testing "x070"', "bone 64 time ln"),
+    "README: DiSHA(Bat)": (V7, ALL + SFT + BAT, "bat 64 time ln"),
+    "README: without load": (V7, ALL + SFT + """--peft disha --disha_config '{"mode":"bone","r":32}'""",
+                             "bone 32 time ln"),
+    "README: --lora_r 64": (V7, ALL + SFT + "--peft lora --lora_r 64 --strategy deepspeed_stage_1 --micro_bsz 1",
+                            "lora 64 time ln"),
+    "README: train_parts": (V7, ALL + SFT + LORA + "--train_parts [\"time\", \"ln\"]", "lora 32 time ln"),
+    "train_parts, quoted": (V6, ALL + SFT + LORA + "--train_parts '[\"time\", \"ln\"]'", "lora 32 time ln"),
+    "train_parts, as words": (V5, ALL + SFT + LORA + "--train_parts emb head ln", "lora 32 emb head ln"),
+    "README: dataload": (V7, ALL + SFT + LORA + "--dataload pad --strategy deepspeed_stage_3_offload --op fla",
+                         "lora 32 time ln"),
+    "README: state tuning": (V7, ALL + SFT + '--op fla --train_type state --my_testing "x070"', "state"),
+    "README: wsd": (V7, ALL + SFT + LORA + "--lr_final 1e-6 --lr_schedule wsd --warmup_steps 1", "lora 32 time ln"),
+    "newer README: LoRA": (V7, ALL + SFT + "--peft lora "
+                           """--peft_config '{"r":8,"lora_alpha":32,"lora_dropout":0.05}'""", "lora 8"),
+    "newer README: MiSS": (V7, ALL + SFT + """--peft miss --peft_config '{"r":8}'""", "bone 8"),
+    "newer README: state": (V7, ALL + SFT + "--peft state --op fla", "state"),
+    "state beside LoRA": (V6, ALL + SFT + LORA + "--train_type state", "lora 32 time ln state"),
+    "att alone": (V7, ALL + SFT + '--lora --lora_r 4 --lora_parts=att --my_testing "x070"', "lora 4 att"),
+    "nothing said": (V7, MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 2 --epoch_count 1", "full"),
+    "LoRA, nothing said": (V7, MODEL + SFT + "--micro_bsz 2 --epoch_steps 2 --epoch_count 1 --peft lora",
+                           "lora 8 time ln"),
+}  # fmt: skip
+
+
+def shell(line: str, folder: Path, model: Path, **changes: str) -> list[str]:
+    """The words of a line of shell, its variables and the size of the vocabulary set for a small model."""
+    variables = {
+        "load_model": str(model), "proj_dir": str(folder / "out"), "data_file": str(data(folder)), "n_layer": "2",
+        "n_embd": "64", "ctx_len": "32", "epoch_steps": "2", "epoch_save": "1", "micro_bsz": "2",
+    } | changes  # fmt: skip
+    line = line.replace("--vocab_size 65536", f"--vocab_size {changes.get('vocab_size', 257)}")
+    return shlex.split(Template(line).substitute(variables))
+
+
+def data(folder: Path, count: int = 6) -> Path:
+    """Questions and answers, of which each line is also a conversation."""
+    path = folder / "data.jsonl"
+    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+    path.write_text(
+        "".join(json.dumps({"query": f"{i}?", "response": str(i), "messages": turns}) + "\n" for i in range(count))
+    )
+    return path
+
+
+def expected(version: str, what: str) -> dict[str, int]:
+    """Names and sizes of what trained in the original, from its own rule for parts: a substring of the name."""
+    method, *words = what.split()
+    shapes = {name: tuple(t.shape) for name, t in random_model(version).items()}
+    if method == "full":
+        return {name: math.prod(shape) for name, shape in shapes.items()}
+    names = {"emb": "emb.weight", "head": "head.weight", "time": "time_", "ln": "ln"}
+    found = {n: math.prod(s) for word in words if word in names for n, s in shapes.items() if names[word] in n}
+    if version == V7 and "time" in words:  # where no name has `time`, it is the vectors that do its work
+        own = re.compile(r"\.(x_\w|[wav]0|k_k|k_a|r_k)$")
+        found |= {name: math.prod(shape) for name, shape in shapes.items() if own.search(name)}
+    if method == "state" or "state" in words:
+        heads, size = (2, 32) if version != V7 else (1, 64)
+        found |= {f"blocks.{i}.att.time_state": heads * size * size for i in range(2)}
+    for name, shape in shapes.items():
+        matrix = re.fullmatch(r"(blocks.\d+.(att|ffn)\.\w+)\.weight", name)
+        if (
+            matrix
+            and not matrix[1].endswith("ln_x")
+            and method != "state"
+            and ("att" not in words or matrix[2] == "att")
+        ):
+            rows, columns, rank = *shape, int(words[0])
+            tensors = {"lora_A.weight": rank * columns, "lora_B.weight": rank * rows}
+            if method in ("bone", "bat"):
+                tensors = {"miss_block": rank * rows} if method == "bone" else {"bat_block": columns * rank}
+            found |= {f"{matrix[1]}.{tensor}": size for tensor, size in tensors.items()}
+    return found
+
+
+@pytest.fixture
+def trained(monkeypatch: pytest.MonkeyPatch) -> dict[str, int]:
+    """Names and sizes of what the optimiser of the next run gets."""
+    from rwkv_peft.training import run
+
+    names: dict[str, int] = {}
+    build = run.build_optimizer
+
+    def spy(model: torch.nn.Module, *args: Any) -> torch.optim.Optimizer:
+        names.update({name: p.numel() for name, p in model.named_parameters() if p.requires_grad})
+        return build(model, *args)
+
+    monkeypatch.setattr(run, "build_optimizer", spy)
+    return names
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_old_lines_train_what_they_trained(
+    name: str, trained: dict[str, int], tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    version, line, what = RUNS[name]
+    assert main(["train", *shell(line, tmp_path, model_file(version=version))]) == 0
+    assert trained == expected(version, what)
+    steps = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
+    assert len(steps) == 2
+    config = read_yaml(tmp_path / "out" / "config.yaml", TrainConfig)
+    assert (config["max_steps"], config["data"]) == (2, [data(tmp_path)])
+    assert (tmp_path / "out" / ("model.pth" if what == "full" else "adapter")).exists()
+
+
+def test_a_line_with_its_real_vocabulary(
+    trained: dict[str, int], tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    model = model_file(vocab_size=65536, layers=1)
+    line = shell(ALL + DISHA + SFT + '--my_testing "x070"', tmp_path, model, n_layer="1", vocab_size="65536")
+    assert main(["train", *line]) == 0
+    assert sum(trained.values()) == sum(
+        n
+        for name, n in expected(V7, "bone 64 time ln").items()
+        if "blocks.1." not in name and not name.endswith("0.att.v0")
+    )
+
+
+def test_a_file_to_load_is_gone_on_with(
+    tmp_path: Path, model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_peft.training import run
+
+    names = [name for name in expected(V7, "lora 4 time ln") if "lora_" in name]
+    shapes = {name: (4, -1) if "lora_A" in name else (-1, 4) for name in names}
+    sizes = expected(V7, "lora 4")
+    saved = {name.removesuffix(".weight"): torch.randn(sizes[name]).reshape(shapes[name]) for name in names}
+    torch.save(saved, tmp_path / "rwkv-3.pth")
+    begun: dict[str, torch.Tensor] = {}
+    build = run.build_optimizer
+
+    def spy(model: torch.nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
+        begun.update({name: p.detach().clone() for name, p in model.named_parameters() if p.requires_grad})
+        return build(model, config)
+
+    monkeypatch.setattr(run, "build_optimizer", spy)
+    lora = f"""--peft lora --lora_config '{{"lora_load":"{tmp_path}/rwkv-3.pth","lora_r":4,"lora_alpha":8}}' """
+    assert main(["train", *shell(ALL + SFT + lora, tmp_path, model_file())]) == 0
+    assert {name: p.numel() for name, p in begun.items()} == expected(V7, "lora 4 time ln")
+    assert all(torch.equal(begun[name], saved[name.removesuffix(".weight")]) for name in names)
+
+
+def test_the_shim_runs(tmp_path: Path, model_file: Callable[..., Path]) -> None:
+    line = shell(MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 1 --epoch_count 1", tmp_path, model_file())
+    done = subprocess.run([sys.executable, ROOT / "train.py", *line], text=True, capture_output=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "note   --data_type sft: " in done.stdout
+    assert (tmp_path / "out" / "model.pth").exists()
+
+
+# --- what is an error, in one line
+
+BASE = "--load_model $load_model --proj_dir $proj_dir --data_file $data_file --data_type sft --peft lora "
+ERRORS = [
+    ("--n_embd 2048", "--n_embd 2048: the model file has 64; leave the flag out, or name the right model"),
+    ("--n_layer 24", "--n_layer 24: the model file has 2;"),
+    ("--vocab_size 65536 ", "--vocab_size 65536: the model file has 257;"),
+    ("--dim_att 128", "--dim_att 128: the model file has 64;"),
+    ("--dim_ffn 224", "--dim_ffn 224: the model file has 256;"),
+    ("--head_size_a 32", "--head_size_a 32: the model file has 64;"),
+    ("--head_size_divisor 1", "--head_size_divisor 1: the model file has 8;"),
+    ('--my_testing "x060"', "--my_testing x060: the model file has x070;"),
+    ("--load_model nope.pth --n_embd 64", "nope.pth: no such file"),
+    ("--train_type infctx --chunk_ctx 512 --ctx_len 2048",
+     "--train_type infctx: infinite context is not there yet; .*--ctx_len.*--grad_cp 1"),
+    ("--quant int8", "--quant int8: quantised training is not there yet;"),
+    ("--quant nf4 --strategy ddp", "--quant nf4: quantised training is not there yet;"),
+    ("--devices 2", "--devices 2: several devices are not there yet"),
+    ("--num_nodes 2", "--num_nodes 2: several nodes are not there yet"),
+    ("--precision fp16", "--precision fp16: not there yet; choose bf16, or fp32"),
+    ("--precision half", "--precision half: allowed are bf16 "),
+    ("--accelerator xpu", "--accelerator xpu: allowed are gpu cuda auto cpu"),
+    ("--LISA --lisa_r 2 --lisa_k 100", "--LISA: LISA is not there"),
+    ("--my_pile_stage 3", "--my_pile_stage 3: .*not there yet"),
+    ("--loss_mask se --mask_id '{\"mask0\":\"a\",\"mask1\":\"b\"}' --data_type jsonl",
+     "--loss_mask se: .*not there yet"),
+    ("--loss_mask answers", "--loss_mask answers: allowed are none pad qa se"),
+    ("--data_type binidx --data_file d_text_document", "--data_type binidx: such data is not there yet; .*JSONL"),
+    ("--data_file meta-math/MetaMathQA", "--data_file meta-math/MetaMathQA: no such file; .*hub.*not there yet"),
+    ("--data_file nope.jsonl", "nope.jsonl: no such file"),
+    ("--data_file ''", "--data_file: missing"),
+    ("--load_model ''", "--load_model: missing; training a new model .*not there yet"),
+    ("--sft_field query", "--sft_field query: must be 2 fields"),
+    ("--sft_field q a", "data.jsonl:1: no field 'q'"),
+    ("--sft_split test", "--split test: no known form; write train, train\\[:1000\\]"),
+    ("--lora_config '{lora_r:8}'", "--lora_config {lora_r:8}: broken JSON"),
+    ("--lora_config '[]'", "--lora_config \\[\\]: must be a JSON object"),
+    ("--lora_config '{\"lora_rank\":8}'", "--lora_config: lora_rank is no key of it; did you mean lora_"),
+    ("--lora_config '{\"lora_r\":\"many\"}'", "--lora_config lora_r many: must be a whole number"),
+    ("--lora_config '{\"lora_load\":1}'", "--lora_config lora_load 1: must be a path"),
+    ("--lora_load rwkv-0.pth", "rwkv-0.pth: "),
+    ("--lora --lora_parts ln,time", "--lora_parts ln,time: adapts nothing"),
+    ("--peft disha --disha_config '{\"mode\":\"bad\"}'", "--disha_config mode bad: allowed are bone bat"),
+    ("--peft disha --disha_config '{\"r\":0}'", "--rank 0: must be at least 1"),
+    ("--peft lroa", "--peft lroa: allowed are none lora pissa disha bone miss bat state"),
+    ("--train_parts hed", "--train.parts hed: allowed are time ln emb head"),
+    ("--train_type both", "--train_type both: allowed are none finetune state"),
+    ("--lr_schedule linear", "--lr_schedule linear: allowed are cos wsd"),
+    ("--optim lion", "--optim lion: allowed are none adam_mini adamw "),
+    ("--micro_bsz x", "--micro_bsz x: must be a whole number"),
+    ("--micro_bsz", "--micro_bsz: must be one value"),
+    ("--micro_bsz 1 2", "--micro_bsz 1 2: must be one value"),
+    ("--epoch_count 0", "--epoch_count 0: must be at least 1"),
+    ("--lod_model m.pth", "--lod_model: no flag of the original; did you mean --load_model?"),
+    ("--rank 8", "--load_model is a flag of the original, --rank one of today's: write the line in one of the two"),
+    ("--config run.yaml", "--load_model is a flag of the original, --config one of today's"),
+]  # fmt: skip
+
+ERRORS = [(BASE + flags, message) for flags, message in ERRORS] + [
+    # whole scripts
+    (OLD_ALL + '--my_testing "x060" ' + LORA + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA" --quant "fp8"',
+     "--quant fp8: quantised training is not there yet"),
+    (OLD_ALL + FLAT + '--my_testing "x060"  --dataload pad --PISSA --svd_niter 4 --wandb long --train_type infctx '
+     "--chunk_ctx 2048 --fla", "--train_type infctx: infinite context is not there yet"),
+    (OLD_ALL + "--dataload pad --loss_mask se --mask_id '{\"mask0\":\"<ltoken>\",\"mask01\":\"<rtoken>\"}' " + BONE,
+     "--loss_mask se: .*not there yet"),
+    (OLD_ALL + '--my_testing "x060" --LISA --lisa_r 2 --lisa_k 100', "--LISA: LISA is not there"),
+    (ALL.removeprefix("--load_model $load_model ") + SFT, "--load_model: missing; training a new model"),
+    (OLD_ALL.removeprefix("--load_model $load_model ").replace("gpu", "xpu") + '--train_type "finetune" --fla',
+     "--load_model: missing; training a new model"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "message"), ERRORS, ids=[message for _, message in ERRORS])
+def test_errors_are_one_line(
+    line: str, message: str, tmp_path: Path, model_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = shell(line, tmp_path, model_file(), vocab_size="65536")
+    assert main(["train", *words]) == 2
+    lines = capsys.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert re.match(f"error: (.*/)?{message.replace('?', '[?]')}", lines[0])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_word_before_any_flag() -> None:
+    with pytest.raises(ConfigError, match="'x': unexpected"):
+        translate(["x", "--load_model", "m"])
+
+
+def test_loss_mask_qa_needs_lines_that_tell_answers_apart(tmp_path: Path) -> None:
+    claims = {"loss_mask": "qa"}
+    assert check_claims(claims, "unread", [data(tmp_path)]) == []
+    (tmp_path / "text.jsonl").write_text('\n{"text": "User: Hi\\n\\nAssistant: Hello!"}\n')
+    with pytest.raises(ConfigError, match=r"--loss_mask qa: .*text\.jsonl holds lines of text, .*messages"):
+        check_claims(claims, "unread", [tmp_path / "text.jsonl"])
+
+
+# --- the translation
+
+NEEDED = ["--load_model", "m.pth", "--data_file", "d.jsonl"]
+VALUES: list[tuple[str, dict[str, Any]]] = [
+    ("", {
+        "model": "m.pth", "data": ["d.jsonl"], "out": "out", "peft": "full", "micro_batch": 12, "grad_accum": 1,
+        "max_steps": 500_000, "lr": 6e-4, "lr_final": 1e-5, "schedule": "cosine", "warmup_steps": 0,
+        "betas": [0.9, 0.99], "adam_eps": 1e-8, "weight_decay": 0.0, "optim": "adamw", "layerwise_lr": True,
+        "seed": 0, "ctx_len": 1024, "overlong": "truncate", "grad_checkpoint": False, "device": "auto",
+    }),
+    ("--peft lora", {"rank": 8, "alpha": 32.0, "dropout": 0.01, "train_parts": ["time", "ln"]}),
+    ("--peft pissa", {"rank": 8, "svd_iterations": 4, "alpha": None, "dropout": None}),
+    ("--peft disha", {"peft": "bone", "rank": 64}),
+    ("--peft miss --miss_config '{\"mode\":\"bat\"}'", {"peft": "bat", "rank": 64}),
+    ("--peft bat", {"peft": "bat", "rank": 64}),
+    ("--peft lora --lora_config '{\"lora_load\": \"a/rwkv-3.pth\", \"lora_r\": 4}'",
+     {"adapter": "a/rwkv-3.pth", "rank": 4, "alpha": 32.0}),
+    ("--peft lora --lora_config {\"lora_r\":4, \"lora_alpha\":8}".replace('"', '\\"'), {"rank": 4, "alpha": 8.0}),
+    ("--peft pissa --pissa_config '{\"pissa_load\":\"rwkv-0.pth\",\"pissa_init\":\"i.pth\",\"svd_niter\":2}'",
+     {"adapter": "rwkv-0.pth", "pissa_init": "i.pth", "svd_iterations": 2}),
+    ("--peft miss --peft_config '{\"r\": 16}'", {
+        "peft": "bone", "rank": 16, "targets": ["receptance", "key", "value", "output"], "train_parts": ["none"],
+    }),
+    ("--peft lora --peft_config '{\"use_dora\": true}' --train_parts ln",
+     {"rank": 8, "alpha": 8.0, "dropout": 0.0, "dora": True, "train_parts": ["ln"]}),
+    ("--peft adalora --peft_config '{\"init_r\": 4}'", {"peft": "peft:ADALORA", "peft_config": '{"init_r": 4}'}),
+    ("--peft bone --peft_config '{\"init_weights\": \"bat\"}'", {"peft": "peft:MISS"}),
+    ("--train_type state --lr_init 1", {"peft": "state", "train_parts": ["none"], "lr": 1.0, "lr_state": None}),
+    ("--peft state --peft_config {}", {"peft": "state", "rank": None}),
+    ("--state_tune", {"peft": "state"}),
+    ("--peft lora --train_type state", {"train_parts": ["time", "ln", "state"], "lr_state": 6e-4}),
+    ("--peft lora --train_type finetune --emb", {"train_parts": ["time", "ln", "emb", "head"]}),
+    ("--peft lora --train_parts [time, ln]", {"train_parts": ["time", "ln"]}),
+    ("--peft lora --train_parts []", {"train_parts": ["none"]}),
+    ("--peft lora --train_parts", {"train_parts": ["none"]}),
+    ("--lora", {"peft": "lora", "train_parts": ["time", "ln"],
+                "targets": ["att.receptance", "att.key", "att.value", "att.output", "att.gate"]}),
+    ("--lora --lora_parts ffn --my_testing x070", {"targets": ["ffn.key", "ffn.value"], "train_parts": ["none"]}),
+    ("--epoch_steps 10 --epoch_count 3 --accumulate_grad_batches 4", {"max_steps": 9, "grad_accum": 4}),
+    ("--epoch_steps 10 --epoch_count 9 --epoch_begin 2 --my_exit 4", {"max_steps": 30}),
+    ("--lr_final 6e-4", {"schedule": "constant", "lr_final": 6e-4}),
+    ("--lr_schedule wsd", {"schedule": "cosine", "lr_final": 0.0, "warmup_steps": 100}),
+    ("--lr_schedule wsd --warmup_steps 7 --lr_init 1", {"lr_final": 0.0, "warmup_steps": 7}),
+    ("--lr_schedule wsd --lr_final 6e-4", {"schedule": "constant", "lr_final": 6e-4, "warmup_steps": 0}),
+    ("--beta2 0.999 --adam_eps 1e-6", {"betas": [0.9, 0.999], "adam_eps": 1e-6}),
+    ("--weight_decay 0.1 --weight_decay_final 0.01", {"weight_decay": 0.1, "weight_decay_final": 0.01}),
+    ("--optim adam_mini", {"optim": "adamw"}),
+    ("--optim adafactor --layerwise_lr 0", {"optim": "adafactor", "layerwise_lr": False}),
+    ("--my_testing x070 --layerwise_lr 1", {"layerwise_lr": False}),
+    ("--random_seed 5 --grad_cp 1 --accelerator cpu", {"seed": 5, "grad_checkpoint": True, "device": "cpu"}),
+    ("--precision bf16", {"precision": "bf16"}),
+    ("--precision tf32", {"precision": "fp32"}),
+    ("--sft_field q a --sft_split train[:9]", {"fields": ["q", "a"], "split": "train[:9]"}),
+    ("--ctx-len=64 --micro-bsz 3 --micro_bsz 4", {"ctx_len": 64, "micro_batch": 4}),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "values"), VALUES, ids=[line or "nothing" for line, _ in VALUES])
+def test_values(line: str, values: dict[str, Any]) -> None:
+    translated = translate([*NEEDED, *shlex.split(line)]).values
+    assert {name: translated.get(name) for name in values} == values
+    for name, value in translated.items():
+        convert(value, settings_of(TrainConfig)[name].hint, name)
+
+
+NOTES = [
+    ("", []),
+    ("--optim adam_mini", ["--optim adam_mini: runs as adamw"]),
+    ("--n_embd 64 --quant none --wandb '' --strategy auto --devices 1 --num_nodes 1", []),
+    ("--pre_ffn 0 --head_qk 0 --loss_mask pad --dataload pad --epoch_begin 0 --mask_id {}",
+     ["--pre_ffn --head_qk --loss_mask --dataload --epoch_begin: nothing to do"]),
+    ("--op fla --fla", ["--op fla: the best operator", "--fla: the best operator"]),
+    ("--strategy deepspeed_stage_2_offload",
+     ["--strategy deepspeed_stage_2_offload: one device needs none; .*not there yet"]),
+    ("--wandb project", ["--wandb project: not there yet; metrics.jsonl"]),
+    ("--epoch_save 1", ["--epoch_save 1: .*not there yet"]),
+    ("--chunk_ctx 512", ["--chunk_ctx 512: .*not there yet"]),
+    ("--dataload get", ["--dataload get: a row is one example"]),
+    ("--data_shuffle 0", ["--data_shuffle 0: rows come in a random order"]),
+    ("--data_type sft", ["--data_type sft: prompts take RWKV's own form"]),
+    ("--lr_schedule wsd", ["--lr_schedule wsd: a warm-up of 100 steps and a cosine to 0, .*--schedule wsd"]),
+    ("--lr_schedule wsd --lr_final 6e-4", ["--lr_schedule wsd: no effect"]),
+    ("--precision tf32", ["--precision tf32: fp32 is taken"]),
+    ("--train_parts ln", ["--train_parts ln: no effect, .* every weight trains"]),
+    ("--peft state --train_parts ln", ["--train_parts ln: no effect, .* the state alone trains"]),
+    ("--lora_r 8", ["--lora_r 8: no effect with --peft none"]),
+    ("--peft lora --pissa_config '{\"r\":8}'", ["--pissa_config {\"r\":8}: no effect with --peft lora"]),
+    ("--lora --PISSA --lora_alpha 128 --lora_parts att,ffn", ["--lora_alpha 128: no effect with --peft pissa"]),
+    ("--lora --lora_load rwkv-0", ["--lora_load rwkv-0: no such file, so a new adapter begins"]),
+    ("--merge 0 --fused_kernel --dropout 0.1", ["--merge 0: `rwkv-peft merge", "--fused_kernel: ", "--dropout 0.1: "]),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("line", "notes"), NOTES, ids=[line or "nothing" for line, _ in NOTES])
+def test_notes(line: str, notes: list[str]) -> None:
+    said = translate([*NEEDED, *shlex.split(line)]).notes
+    assert len(said) == len(notes)
+    assert all(re.match(pattern, note) for pattern, note in zip(notes, said, strict=True)), said
+
+
+def test_without_a_gpu_the_run_says_so() -> None:
+    notes = check_claims({"accelerator": "gpu"}, "unread")
+    assert notes == ([] if torch.cuda.is_available() else ["--accelerator gpu: no GPU here, so the CPU does it"])
+
+
+def test_claims_that_agree_are_silent(model_file: Callable[..., Path]) -> None:
+    line = """--n_layer 2 --n_embd 64 --vocab_size 0 --dim_att 0 --dim_ffn 256 --head_size_a 64 --my_testing x070a
+    --head_size_divisor 8"""
+    claims = translate([*NEEDED, *line.split()]).claims
+    assert claims == {
+        "n_layer": 2, "n_embd": 64, "dim_ffn": 256, "head_size_a": 64, "my_testing": "x070a", "head_size_divisor": 8,
+    }  # fmt: skip
+    assert check_claims(claims, model_file()) == []
+
+
+def test_data_may_be_a_folder_or_said_to_be_something_else(tmp_path: Path) -> None:
+    for name in ("b.jsonl", "a.json", "notes.txt"):
+        (tmp_path / name).write_text("{}\n")
+    needed = ["--load_model", "m.pth", "--data_file"]
+    assert translate([*needed, str(tmp_path)]).values["data"] == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
+    told = translate([*needed, str(tmp_path / "b.jsonl"), "--data_type", "binidx"])
+    assert told.notes == ["--data_type binidx: b.jsonl is JSONL, and read as such"]
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(ConfigError, match="empty: a folder without"):
+        translate([*needed, str(tmp_path / "empty")])
+
+
+@pytest.mark.parametrize(
+    ("line", "old"),
+    [
+        ("--load_model m --peft lora", True),
+        ("--micro-bsz=3", True),
+        ("--peft lora --ctx_len 64 --warmup_steps 3 --op auto", False),
+        ("--model m --quant nf4 --devices 2 --strategy ddp --wandb x", False),  # flags that today's line will have too
+        ("load_model", False),
+        ("", False),
+    ],
+)
+def test_what_is_read_as_old(line: str, old: bool) -> None:
+    assert is_old(line.split()) == old
+
+
+# --- the table and its page
+
+
+def test_every_flag_of_the_original_has_a_row() -> None:
+    assert len(FLAGS.split()) == 76
+    assert TABLE.keys() == {*FLAGS.split(), *OTHER_FLAGS.split()}
+    assert {name: TABLE[name].default for name in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_a_row_says_what_becomes_of_the_flag(name: str) -> None:
+    row, ours = TABLE[name], settings_of(TrainConfig)
+    assert row.text
+    if row.kind == "mapped":
+        assert row.settings
+        assert set(row.settings) <= ours.keys()
+    elif row.kind == "later":  # once it is there, the row must say so and translate it
+        assert not set(row.settings) & ours.keys()
+        assert "not there" in row.text
+    else:
+        assert not row.settings
+
+
+def test_what_lines_are_translated_to_is_in_the_table() -> None:
+    mapped = {setting for row in TABLE.values() if row.kind == "mapped" for setting in row.settings}
+    assert {name for line, _ in VALUES for name in translate([*NEEDED, *shlex.split(line)]).values} == mapped
+
+
+def test_the_page_is_what_the_table_makes() -> None:
+    spec = importlib.util.spec_from_file_location("migration_page", ROOT / "tools" / "migration_page.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    page = (ROOT / "docs" / "migration.md").read_text(encoding="utf-8")
+    assert page == module.page(), "run tools/migration_page.py"
+    assert re.findall(r"^\| `--(\w+)` \|", page, re.MULTILINE) == list(TABLE)
+
+
+def test_the_help_names_the_page(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    assert "The original's flags work too: docs/migration.md." in " ".join(capsys.readouterr().out.split())
+
+
+# --- --split
+
+
+@pytest.mark.parametrize(
+    ("split", "chosen"),
+    [
+        ("train", range(10)), ("train[:3]", range(3)), ("train[7:]", range(7, 10)), ("train[2:4]", range(2, 4)),
+        ("train[10%:90%]", range(1, 9)), ("train[:25%]", range(2)), ("train[-2:]", range(8, 10)),
+        ("train[-30%:-1]", range(7, 9)), ("train[:]", range(10)), ("train[:1000]", range(10)), (" train ", range(10)),
+        ("train[5:5]", range(0)), ("train[20:]", range(0)),
+    ],
+)  # fmt: skip
+def test_split(split: str, chosen: range) -> None:
+    assert list(range(10))[choose(split, 10)] == list(chosen)
+
+
+@pytest.mark.parametrize(
+    "split", ["", "test", "train[", "train[3]", "train[1:2:3]", "train[a:]", "train[:1.5%]", "train[:3]+train[5:]"]
+)
+def test_a_split_of_another_form(split: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(f"--split {split}: no known form; write train, train[:1000]")):
+        choose(split, 10)
+
+
+def test_a_split_chooses_examples_and_says_how_many(tmp_path: Path) -> None:
+    config = TrainConfig(Path("m"), [data(tmp_path)], Path("o"), fields=("query", "response"), split="train[50%:5]")
+    dataset = load_dataset(config, Tokenizer.byte())
+    texts = [bytes(i - 1 for i in row.ids[:-1]).decode() for row in dataset.rows]
+    assert texts == ["User: 3?\n\nAssistant: 3", "User: 4?\n\nAssistant: 4"]
+    assert dataset.summary().startswith("2 of 6 examples (train[50%:5]), 2 rows")
+    config.split = "train[6:]"
+    with pytest.raises(DataError, match=r"--split train\[6:\]: none of the 6 examples"):
+        load_dataset(config, Tokenizer.byte())
