@@ -196,9 +196,10 @@ def value_form(hint: Any) -> dict[str, Any]:
 
 @cache
 def class_docs() -> dict[str, dict[str, str]]:
-    """The docstrings that stand under the fields of config.py, by class and field."""
+    """The docstrings that stand under the fields of the settings, by class and field."""
     docs: dict[str, dict[str, str]] = defaultdict(dict)
-    for kind in ast.parse(Path(config.__file__).read_text(encoding="utf-8")).body:
+    files = sorted(Path(config.__file__).parent.glob("*.py"))
+    for kind in (kind for file in files for kind in ast.parse(file.read_text(encoding="utf-8")).body):
         for pair in pairwise(getattr(kind, "body", ())):
             match pair:
                 case ast.AnnAssign(target=ast.Name(id=name)), ast.Expr(value=ast.Constant(value=str(doc))):

@@ -1,0 +1,109 @@
+"""Settings of the commands that use a model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from ..errors import ConfigError
+from .common import ESCAPES, Op, TokenizerName, at_least, words
+
+
+@dataclass
+class MergeConfig:
+    """Add an adapter to its base and write a model file that any RWKV program loads."""
+
+    base: Path
+    """The model that the adapter was trained on."""
+    adapter: list[Path]
+    """Adapter folder, or an adapter `.pth` of the original program; of several, each adds its own change."""
+    out: Path
+    """File to write: `.pth` or `.safetensors`."""
+    dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
+    """Number format of the written tensors. [each as in the base]"""
+    overwrite: bool = False
+    """Replace the file if it exists."""
+    alpha: float | None = None
+    """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
+    pissa_init: Path | None = None
+    """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
+
+    def __post_init__(self) -> None:
+        self.adapter = [Path(path) for path in words(self.adapter)]
+
+
+@dataclass
+class SamplingConfig:
+    """How the next token is chosen, and when to stop."""
+
+    max_tokens: int = 256
+    """Most tokens of an answer."""
+    temperature: float = 1.0
+    """Randomness; 0 always takes the likeliest token."""
+    top_p: float = 0.5
+    """Only the likeliest tokens that together have this probability are considered."""
+    stop: Annotated[tuple[str, ...], ESCAPES] = ()
+    """Texts that end the answer (the end token always does); `\\n` stands for a line break."""
+    seed: int | None = None
+    """Seed of the random choice. [a new one each time]"""
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value is out of range."""
+        at_least("--max-tokens", self.max_tokens, 1, "try 256")
+        if self.temperature < 0:
+            raise ConfigError(f"--temperature {self.temperature}: must be at least 0; 0 is greedy, 1 is usual")
+        if not 0 < self.top_p <= 1:
+            raise ConfigError(f"--top-p {self.top_p}: must be above 0 and at most 1; try 0.5")
+
+
+@dataclass
+class InferenceConfig:
+    """A model to run: a base, a base with its adapter, or a merged file."""
+
+    model: Path
+    """Model file: `.pth` or `.safetensors`."""
+    adapter: tuple[Path, ...] = ()
+    """Adapter folder trained on that model, or an adapter `.pth` of the original program; several add up."""
+    state: Path | None = None
+    """State file to begin with, e.g. `state.pth` of a state tuning. [the adapter's, or none]"""
+    alpha: float | None = None
+    """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
+    pissa_init: Path | None = None
+    """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
+    tokenizer: TokenizerName = "auto"
+    """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
+    dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
+    """Number format of the weights. [bf16 on a GPU, fp32 on a CPU]"""
+    device: str = "auto"
+    """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
+    op: Op = "auto"
+    """Operator of the recurrence. [the best that runs here]"""
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+
+    def __post_init__(self) -> None:
+        self.adapter = tuple(Path(path) for path in words(self.adapter))
+
+
+@dataclass
+class GenerateConfig(InferenceConfig):
+    """Continue a prompt."""
+
+    prompt: Annotated[str, ESCAPES] = "User: Hello!\n\nAssistant:"
+    """Text to continue; `\\n` stands for a line break."""
+
+
+@dataclass
+class ChatConfig(InferenceConfig):
+    """Talk with a model."""
+
+    system: Annotated[str, ESCAPES] = ""
+    """What the model is told before the first turn; `\\n` stands for a line break."""
+
+
+@dataclass
+class DemoConfig:
+    """Tune the tiny model that comes with the program, on data that comes with it; two minutes on a laptop."""
+
+    out: Path = Path("runs/demo")
+    """Folder of the run; an earlier demo in it is replaced."""
