@@ -50,11 +50,11 @@ class LoraLinear(AdaptedLinear):
         added = F.linear(inner, self.lora_B.weight.to(x.dtype)) * self.config.scale
         if not self.config.dora:
             return added
-        ratio = (self.lora_magnitude_vector / self.row_lengths()).to(x.dtype)
+        ratio = self.lora_magnitude_vector / self.row_lengths()
         if dropped is not x:
             product = self.base(dropped)
-        weighted: Tensor = (ratio - 1) * product + ratio * added
-        return weighted
+        # what is left of 1 is small, and must be taken in float32
+        return (ratio - 1).to(x.dtype) * product + ratio.to(x.dtype) * added
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:

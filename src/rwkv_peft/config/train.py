@@ -89,9 +89,9 @@ class TrainConfig:
     weight_decay_final: Annotated[float | None, ADVANCED] = None
     """Weight decay at the last step, reached along a cosine. [--weight-decay throughout]"""
     betas: Annotated[tuple[float, float], ADVANCED] = (0.9, 0.99)
-    """The optimiser's averaging factors."""
+    """AdamW's averaging factors; adafactor, and muon for matrices, have their own."""
     adam_eps: Annotated[float, ADVANCED] = 1e-8
-    """The optimiser's epsilon."""
+    """AdamW's epsilon, likewise."""
     clip: Annotated[float, ADVANCED] = 1.0
     """Largest norm of the gradient; 0 switches clipping off."""
     logit_penalty: Annotated[float, ADVANCED] = 1e-4

@@ -40,6 +40,12 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     return optimizer
 
 
+def check_optimizer(optim: str, device: torch.device) -> None:
+    """Raise ConfigError if this optimiser's package is missing, or if it cannot run on `device`."""
+    if optim in BITSANDBYTES:
+        from_bitsandbytes(optim, device)
+
+
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
     """What trains, in groups of the same `lr_scale`, `decays` and `muon`.
 

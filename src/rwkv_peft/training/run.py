@@ -21,13 +21,13 @@ from ..config import AdapterConfig, TrainConfig, flag_of
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
-from ..loading import load_model, read_sizes
+from ..loading import find_device, load_model, read_sizes
 from ..models import Rwkv
 from ..yaml_config import to_yaml
 from .engine import SingleProcess
 from .loop import train_loop
 from .metrics import Metrics
-from .optim import build_optimizer
+from .optim import build_optimizer, check_optimizer
 
 
 @dataclass(frozen=True)
@@ -53,6 +53,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     config = config.resolved()
     out = config.out
     check_out(out)
+    check_optimizer(config.optim, find_device(config.device))
     sizes = read_sizes(config.model)
     data = load_dataset(config, tokenizer_for(config.tokenizer, sizes.vocab_size))
     model = load_model(config.model, config.precision, config.device, config.op)
