@@ -313,7 +313,7 @@ def test_adalora_is_penalised_as_by_peft(base: Path) -> None:
         loss = torch.zeros(())
 
     tuner = found.peft.base_model
-    tuner.model.forward = lambda: Output()
+    tuner.model.forward = Output
     torch.testing.assert_close(extra, tuner().loss)
     assert foreign.extra_loss(rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:OFT"))) is None
     assert foreign.extra_loss(rp.load_model(base)) is None
