@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
+from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import rwkv_peft as rp
@@ -293,16 +293,30 @@ def test_a_folder_that_peft_wrote(
 
 
 @pytest.mark.parametrize(
-    "settings",
-    [{"rank_pattern": {"att.key": 3}}, {"bias": "all"}],
-    ids=str,
+    "config",
+    [
+        LoraConfig(r=6, target_modules=["att.key"], rank_pattern={"blocks.0.att.key": 3}),
+        LoraConfig(r=6, target_modules=["att.key"], alpha_pattern={"blocks.0.att.key": 3}),
+        MissConfig(r=8, target_modules=["att.key"], init_weights="bat"),
+        MissConfig(r=8, target_modules=["att.key"], init_weights="mini"),
+    ],
+    ids=["rank_pattern", "alpha_pattern", "PEFT's bat", "mini"],
 )
-def test_what_peft_has_and_we_have_not_is_refused(
-    settings: dict[str, Any], load: Callable[..., Rwkv], tmp_path: Path
+def test_what_peft_has_and_we_have_not_is_left_to_peft(
+    config: Any, load: Callable[..., Rwkv], model_file: Callable[..., Path], tmp_path: Path
 ) -> None:
-    config = LoraConfig(r=6, target_modules=["att.key"], **settings)
+    theirs = disturb(get_peft_model(load(**SIZES), config)).eval()
+    theirs.save_pretrained(str(tmp_path / "a"))
+    ours = rp.load_adapter(load(**SIZES), tmp_path / "a")
+    assert difference(logits_of(ours), logits_of(theirs)) <= 1e-5
+    merged = rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "merged.pth")
+    assert difference(logits_of(rp.load_model(merged)), logits_of(theirs)) <= 1e-5
+
+
+def test_biases_that_peft_would_train_are_refused(load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    config = LoraConfig(r=6, target_modules=["att.key"], bias="all")
     get_peft_model(load(**SIZES), config).save_pretrained(str(tmp_path / "a"))
-    with pytest.raises(CheckpointError, match=f"{next(iter(settings))} is not supported yet"):
+    with pytest.raises(CheckpointError, match=r"does not fit.*it trains .*\.bias, which is not its own"):
         rp.load_adapter(load(**SIZES), tmp_path / "a")
 
 

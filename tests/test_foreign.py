@@ -190,6 +190,35 @@ def test_a_bf16_model_computes_in_bf16_and_trains_in_float32(trained: Trained, b
     assert all(torch.equal(model.get_parameter(name), p) for name, p in frozen.items())
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("method", METHODS)
+def test_on_a_gpu(method: str, base: Path, tmp_path: Path) -> None:
+    def logits(model: Rwkv) -> Tensor:
+        with torch.no_grad():
+            return model(TOKENS.to(model.like.device))[0].float().cpu()
+
+    model = rp.load_model(base, "bf16", "cuda")
+    rp.attach_adapter(model, AdapterConfig(f"peft:{method}", peft_config=METHODS[method])).train()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+    foreign.follow(model, optimizer, 3)
+    for _ in range(3):
+        extra = foreign.extra_loss(model)
+        loss = model(TOKENS.cuda())[0].float().square().mean() + (0.0 if extra is None else extra)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    rp.save_adapter(model.eval(), tmp_path / "a")
+    assert torch.equal(logits(rp.load_adapter(rp.load_model(base, "bf16", "cuda"), tmp_path / "a")), logits(model))
+    assert difference(logits(rp.load_adapter(rp.load_model(base), tmp_path / "a")), logits(model)) < 0.1
+    if method not in UNMERGEABLE:
+        before = logits(model)
+        merge_adapter(model)
+        assert difference(logits(model), before) < 0.1
+        unmerge_adapter(model)
+        assert torch.equal(logits(model), before)
+
+
 # --- beside it, and on other versions
 
 
@@ -396,16 +425,16 @@ def refused(message: str, peft: str, *, targets: tuple[str, ...] = (), parts: tu
         refused("--peft-config inference_mode: OFT has no such setting", "peft:OFT", inference_mode=True),
         refused("--peft-config r 'eight': must be a number; LOHA's default is 8", "peft:LOHA", r="eight"),
         refused("--peft-config: not for OFT: .*only specify either r", "peft:OFT", r=8, oft_block_size=8),
-        refused("--peft-config: not for ADALORA: target_r 9 must be below init_r 9", "peft:ADALORA", init_r=9, target_r=9),
+        refused("not for ADALORA: target_r 9 must be below init_r 9", "peft:ADALORA", init_r=9, target_r=9),
         refused("--peft peft:LOHA: does not fit: .*positive integer", "peft:LOHA", r=0),
-        refused("--peft peft:C3A: does not fit: .*input size is 64 and the block size is 48", "peft:C3A", block_size=48),
+        refused("peft:C3A: does not fit: .*input size is 64 .* block size is 48", "peft:C3A", block_size=48),
         refused("--peft peft:OFT: does not fit: .*nothing.* not found", "peft:OFT", target_modules=["nothing"]),
-        refused("head.weight cannot be both the adapter's and one of --train-parts", "peft:OFT", modules_to_save=["head"]),
-        refused("ln_out.bias cannot be both", "peft:LORA", bias="all"),
-        refused("changes weights of the base", "peft:LORA", init_lora_weights="pissa"),
-        refused("changes weights of the base", "peft:LORA", init_lora_weights="olora"),
-        refused("ln1.bias cannot be both the adapter's and one of --train-parts", "peft:LN_TUNING", parts=("ln",)),
-        refused("head.weight cannot be both", "peft:OFT", parts=("head",), targets=("head",)),
+        refused("it trains head.modules_to_save.default.weight", "peft:OFT", modules_to_save=["head"]),
+        refused(r"it trains blocks\.0\.\S*bias, which is not its own; use --train", "peft:LORA", bias="all"),
+        refused("init_lora_weights pissa changes the base", "peft:LORA", init_lora_weights="pissa"),
+        refused("init_lora_weights olora changes the base", "peft:LORA", init_lora_weights="olora"),
+        refused(r"it adapts blocks\.0\.\S*, which --train-parts is to train", "peft:LN_TUNING", parts=("ln",)),
+        refused("it adapts head.weight, which --train-parts", "peft:OFT", parts=("head",), targets=("head",)),
         refused("--targets nothing: no matrix ends in it", "peft:OFT", targets=("nothing",)),
     ],
 )  # fmt: skip
@@ -418,6 +447,21 @@ def test_settings_that_are_refused(config: AdapterConfig, parts: tuple[str, ...]
     assert {n: (id(p), p.requires_grad) for n, p in model.named_parameters()} == before  # the model is as it was
     assert torch.equal(logits_of(model), logits)
     rp.attach_adapter(model, AdapterConfig("peft:OFT"))
+
+
+def test_a_method_that_changes_the_base_is_refused(base: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def attach_and_change(model: Rwkv, config: Any) -> Any:
+        wrapped = get_peft_model(model, config)
+        weight = model.blocks[0].att.key.base_layer.weight
+        weight.data = weight.data + 1
+        return wrapped
+
+    monkeypatch.setattr("peft.get_peft_model", attach_and_change)
+    model = rp.load_model(base)
+    logits = logits_of(model)
+    with pytest.raises(ConfigError, match="changes weights of the base"):
+        rp.attach_adapter(model, AdapterConfig("peft:OFT"))
+    assert torch.equal(logits_of(model), logits)
 
 
 def test_the_package_is_missing(base: Path, trained_oft: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -453,8 +497,8 @@ FIRST = "base_model.model.blocks.0.att.key.oft_R.weight"
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda a: change_tensors(a, lambda t: t.pop(FIRST)), r"blocks\.0\.att\.key\.oft_R\.weight is missing or has no"),
-        (lambda a: change_tensors(a, lambda t: t.update({FIRST + "s": t[FIRST]})), "oft_R.weights is missing or has no"),
+        (lambda a: change_tensors(a, lambda t: t.pop(FIRST)), r"\.att\.key\.oft_R\.weight is missing or has no"),
+        (lambda a: change_tensors(a, lambda t: t.update({FIRST + "s": t[FIRST] + 0})), "oft_R.weights is missing or"),
         (lambda a: change_tensors(a, lambda t: t.update({FIRST: t[FIRST][:, :3]})), r"is \(2, 3\), not \(2, 496\)"),
         (lambda a: change_settings(a, peft_type="NEWEST"), "peft:NEWEST: PEFT has no such method"),
         (lambda a: change_settings(a, peft_type=None), "names no method as peft_type"),
@@ -474,6 +518,14 @@ def test_folders_that_are_refused(damage: Callable[[Path], None], message: str, 
     assert "\n" not in str(error.value)
     assert [name for name, _ in model.named_parameters()] == names
     assert torch.equal(logits_of(model), logits)
+
+
+def test_factors_of_another_base_are_refused(base: Path, tmp_path: Path) -> None:
+    """PEFT saves one half of FRoD's factors, and computes the other from the base."""
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:FROD")), tmp_path / "a")
+    change_tensors(tmp_path / "a", lambda t: t["base_model.frod_V.att_key"].neg_())
+    with pytest.raises(CheckpointError, match="its factors of the base come out otherwise here"):
+        rp.load_adapter(rp.load_model(base), tmp_path / "a")
 
 
 def test_it_must_be_the_only_adapter(base: Path, trained_oft: Path) -> None:

@@ -17,10 +17,11 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIXES = (".pth", ".safetensors")
 
 
-def read_tensors(path: Path | str) -> dict[str, Tensor]:
+def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Tensor]:
     """Every tensor of a `.pth` or `.safetensors` file, memory-mapped: nothing is read before it is used.
 
-    Raises CheckpointError if the file is missing, is a folder, is damaged, or holds anything but named float tensors.
+    Raises CheckpointError if the file is missing, is a folder, is damaged, or holds anything but named float tensors;
+    with `whole_numbers`, these are allowed too.
     """
     path = Path(path)
     _check_readable(path)
@@ -30,7 +31,7 @@ def read_tensors(path: Path | str) -> dict[str, Tensor]:
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(tensor).__name__}; a model file holds only named tensors"
             )
-        if not tensor.is_floating_point():
+        if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
             raise CheckpointError(
                 f"{path}: tensor {name} is {tensor.dtype}; allowed are float types; get the unquantised file"
             )

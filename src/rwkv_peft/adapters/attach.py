@@ -13,7 +13,7 @@ from . import foreign
 from .base import AdaptedLinear
 from .disha import BatLinear, BoneLinear
 from .lora import LoraLinear, PissaLinear
-from .trainable import add_parts, freeze, make_trainable, part_names
+from .trainable import LEARNED, add_parts, freeze, make_trainable, part_names
 
 ADAPTERS: dict[str, type[AdaptedLinear]] = {
     "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear,
@@ -36,13 +36,14 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     targets = [] if config.peft == "state" else find_targets(model, config.targets)
     for part in parts:
         check_part(part)
-    add_parts(model, parts)
-    names = [name for part in parts for name in part_names(model, part)]
+    names = [name for part in parts if part not in LEARNED for name in part_names(model, part)]
     for name in targets if config.peft in ADAPTERS else ():
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
         ADAPTERS[config.peft].check(config, inputs, outputs)
     if config.peft.startswith(FOREIGN):
-        foreign.attach(model, config, targets)
+        foreign.attach(model, config, targets, names)
+    add_parts(model, parts)
+    names += [name for part in parts if part in LEARNED for name in part_names(model, part)]
     freeze(model)
     for layer in wrap(model, config, targets) if config.peft in ADAPTERS else ():
         layer.reset()

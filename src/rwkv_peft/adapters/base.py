@@ -107,6 +107,11 @@ class AdaptedLinear(nn.Module, ABC):
         """The method's own entries of PEFT's `adapter_config.json`."""
 
     @staticmethod
+    def reads(settings: Mapping[str, Any]) -> bool:
+        """Whether `from_peft` knows all that these entries ask for; if not, the folder is left to PEFT itself."""
+        return bool(settings.get("bias", "none") == "none")
+
+    @staticmethod
     @abstractmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
         """The settings, without targets, that these entries mean. Raises KeyError, TypeError or ValueError."""

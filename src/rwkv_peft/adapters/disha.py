@@ -54,11 +54,12 @@ class BoneLinear(AdaptedLinear):
         return {"r": config.rank, "miss_dropout": 0.0, "mini_r": 1, "bias": "none", "init_weights": True}
 
     @staticmethod
+    def reads(settings: Mapping[str, Any]) -> bool:
+        is_bone = settings.get("init_weights", True) in (True, False)  # else PEFT's own bat, or its mini
+        return AdaptedLinear.reads(settings) and is_bone and not settings.get("miss_dropout")
+
+    @staticmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
-        if settings.get("init_weights", True) not in (True, False) or settings.get("miss_dropout"):
-            raise ValueError("init_weights bat or mini, and miss_dropout, are not supported")
-        if settings.get("bias", "none") != "none":
-            raise ValueError("bias is not supported")
         return AdapterConfig("bone", int(settings["r"]))
 
 

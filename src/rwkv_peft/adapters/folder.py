@@ -25,13 +25,12 @@ from . import foreign
 from .attach import ADAPTERS, adapted, wrap
 from .base import AdaptedLinear
 from .original import read_original
-from .saved import SavedAdapter
+from .saved import PREFIX, SavedAdapter, file_name
 from .state_tuning import STATES
 from .trainable import add_parts, freeze, make_trainable
 
 FORMAT = 1
 FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "state.pth", "rwkv_peft.json")
-PREFIX = "base_model.model."  # PEFT's, before every name
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -64,7 +63,7 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
 
     def write(temporary: Path) -> None:
         if tensors:
-            write_tensors(temporary / "adapter_model.safetensors", {PREFIX + name: t for name, t in tensors.items()})
+            write_tensors(temporary / "adapter_model.safetensors", {file_name(name): t for name, t in tensors.items()})
             write_text(temporary / "adapter_config.json", json.dumps(settings, indent=2) + "\n")
         if parts:
             write_tensors(temporary / "parts.safetensors", parts)
@@ -164,8 +163,9 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
         config, tensors = AdapterConfig("state"), {}
     else:
         settings = _read_json(path / "adapter_config.json")
-        tensors = _read_adapter_tensors(path)
-        config = _adapter_config(path, settings, ours.get("peft"), tensors)
+        method = _method(settings, str(ours.get("peft", "")))
+        tensors = _read_adapter_tensors(path, foreign=method is None)
+        config = _adapter_config(path, settings, method, tensors) if method else foreign.config_of(path, settings)
     for name, tensor in {**tensors, **parts, **states}.items():
         check_finite(path, name, tensor)
     return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")))
@@ -244,22 +244,29 @@ def _read_listed(path: Path, file: str, listed: object) -> dict[str, Tensor]:
     return tensors
 
 
-def _read_adapter_tensors(path: Path) -> dict[str, Tensor]:
-    tensors = read_tensors(path / "adapter_model.safetensors")
-    stray = [name for name in tensors if not name.startswith(PREFIX)]
+def _read_adapter_tensors(path: Path, foreign: bool) -> dict[str, Tensor]:
+    """The tensors of PEFT's file, without `base_model.model.`; a `foreign` method's may be shared by all layers."""
+    tensors = read_tensors(path / "adapter_model.safetensors", whole_numbers=foreign)
+    start = "base_model." if foreign else PREFIX
+    stray = [name for name in tensors if not name.startswith(start)]
     if stray:
-        raise CheckpointError(
-            f"{path}: tensor {stray[0]} does not begin with {PREFIX}; it is no adapter of PEFT's form"
-        )
-    return {name[len(PREFIX) :]: tensor for name, tensor in tensors.items()}
+        raise CheckpointError(f"{path}: tensor {stray[0]} does not begin with {start}; it is no adapter of PEFT's form")
+    return {name.removeprefix(PREFIX): tensor for name, tensor in tensors.items()}
 
 
-def _adapter_config(path: Path, settings: Mapping[str, Any], peft: object, tensors: Iterable[str]) -> AdapterConfig:
-    """The settings in adapter_config.json; `peft` is the method that rwkv_peft.json names, if it is there."""
-    methods = {method.peft_type: method for method in reversed(ADAPTERS.values())}
-    method = ADAPTERS.get(str(peft)) or methods.get(str(settings.get("peft_type")))
-    if method is None:
-        return foreign.config_of(path, settings)
+def _method(settings: Mapping[str, Any], peft: str) -> type[AdaptedLinear] | None:
+    """Our own method that a folder is of, by the name in rwkv_peft.json or PEFT's; None if PEFT itself must read it."""
+    if peft.startswith(FOREIGN):
+        return None
+    by_type = {method.peft_type: method for method in reversed(ADAPTERS.values())}
+    method = ADAPTERS.get(peft) or by_type.get(str(settings.get("peft_type")))
+    return method if method and method.reads(settings) else None
+
+
+def _adapter_config(
+    path: Path, settings: Mapping[str, Any], method: type[AdaptedLinear], tensors: Iterable[str]
+) -> AdapterConfig:
+    """The settings in adapter_config.json."""
     # PEFT can name its targets by a pattern, or leave layers out: the tensors tell which they are
     targets = {name.removesuffix(f".{own}") for name in tensors for own in method.tensors if name.endswith(f".{own}")}
     try:

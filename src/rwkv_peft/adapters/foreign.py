@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import warnings
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from ..checkpoint import first_line
 from ..config import AdapterConfig
 from ..errors import CheckpointError, ConfigError
 from .foreign_settings import config_of, library, make_config, to_json
-from .saved import SavedAdapter
+from .saved import PREFIX, SavedAdapter, file_name
 
 __all__ = [
     "attach", "config_of", "extra_loss", "file_name", "follow", "load", "merge", "merged_tensors", "parameters",
@@ -28,11 +28,8 @@ __all__ = [
 ]  # fmt: skip
 
 NAME = "default"  # PEFT's name of an adapter that is alone
-PREFIX = "base_model.model."  # before the names in PEFT's files; tensors that all layers share have `base_model.`
 
-Weights = list[
-    tuple[nn.Parameter, Tensor, int, bool]
-]  # parameters with their data, its version, and whether they train
+Weights = list[tuple[nn.Parameter, Tensor, int, bool]]  # with their data, its version, and whether they train
 
 
 @dataclass
@@ -75,8 +72,11 @@ def attach(model: nn.Module, config: AdapterConfig, targets: Sequence[str], besi
     weights = [(p, p.data, p._version, p.requires_grad) for p in model.parameters()]
     try:
         prepare(model, made.peft_type)
-        model.foreign = Foreign(peft.get_peft_model(model, made), config.peft_config.get("total_step"))  # type: ignore[assignment]
-        finish(model, weights, set(beside))
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Unsupported layer type")  # of our norms, which LN_TUNING copies
+            wrapped = peft.get_peft_model(model, made)
+        model.foreign = Foreign(wrapped, config.peft_config.get("total_step"))  # type: ignore[assignment]
+        finish(model, weights, beside)
     except Exception as error:  # PEFT checks little: its settings can raise anything anywhere
         detach(model, before, weights)
         if isinstance(error, torch.OutOfMemoryError):
@@ -100,10 +100,10 @@ def prepare(model: nn.Module, method: str) -> None:
             module.weight.data = module.weight.data.float()
 
 
-def finish(model: nn.Module, weights: Weights, beside: Collection[str]) -> None:
+def finish(model: nn.Module, weights: Weights, beside: Iterable[str]) -> None:
     """Keep the adapter in float32, and its results in the dtype of its inputs, whatever the base's.
 
-    Raises ValueError if more trains than the adapter, or the base is not what it was.
+    Raises ValueError if more trains than the adapter, or the base is not what and where it was.
     """
     own, found = layers(model), of(model)
     assert found is not None
@@ -117,10 +117,12 @@ def finish(model: nn.Module, weights: Weights, beside: Collection[str]) -> None:
     parameters = dict(model.named_parameters())
     found.trained = {name for name, p in parameters.items() if p.requires_grad}
     starts = tuple(f"{name}." for name in own)
-    odd = [name for name in found.trained if not name.startswith(starts) or ".base_layer." in name]
-    if odd or beside - parameters.keys():
-        name = (odd or sorted(beside - parameters.keys()))[0]
-        raise ValueError(f"{name} cannot be both the adapter's and one of --train-parts, which trains such in full")
+    more = sorted(name for name in found.trained if not name.startswith(starts) or ".base_layer." in name)
+    if more:
+        raise ValueError(f"it trains {more[0]}, which is not its own; use --train-parts for that")
+    moved = sorted(set(beside) - parameters.keys())
+    if moved:
+        raise ValueError(f"it adapts {moved[0]}, which --train-parts is to train; leave one of them out")
     for parameter, data, version, _ in weights:
         rounded = parameter.data.dtype != data.dtype  # by `prepare`
         if parameter._version != version or not (rounded or parameter.data_ptr() == data.data_ptr()):
@@ -188,9 +190,8 @@ def check_whole(path: Path | str, given: Mapping[str, Tensor], fresh: Mapping[st
         if got != want:
             raise CheckpointError(f"{path}: {name} is {got}, not {want}: does not fit this base; name its own base")
         if ".frod_V." in name and not torch.allclose(given[name].to(tensor), tensor, rtol=1e-3, atol=1e-5):
-            raise CheckpointError(
-                f"{path}: its base is another, or factors otherwise on this machine; merge it where it was trained"
-            )
+            what = "its factors of the base come out otherwise here, by another base, precision or machine"
+            raise CheckpointError(f"{path}: {what}; load it as it was trained")
 
 
 def with_pruned(
@@ -227,11 +228,6 @@ def tensors(model: nn.Module) -> dict[str, Tensor]:
         state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor
         seen.add(tensor.data_ptr())
     return {name.removeprefix(PREFIX): tensor for name, tensor in state.items()}
-
-
-def file_name(name: str) -> str:
-    """The name in PEFT's file of one of `tensors`."""
-    return name if name.startswith("base_model.") else PREFIX + name
 
 
 def parameters(model: nn.Module) -> set[str]:

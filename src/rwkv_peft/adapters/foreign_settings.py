@@ -26,6 +26,7 @@ UNFIT = {
     "TRAINABLE_TOKENS": "trains rows of the embedding; --train-parts emb does that",
     "XLORA": "mixes finished adapters of a Transformers model",
 }
+STARTS = ("gaussian", "orthogonal")  # of LoRA's, those that an adapter folder can hold; and true and false
 # entries of adapter_config.json that are not the method's
 GENERAL = {
     "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
@@ -54,6 +55,11 @@ def make_config(model: nn.Module, config: AdapterConfig, targets: Sequence[str])
         made = kinds[method](**chosen)
         if method == "ADALORA" and not 0 < made.target_r < made.init_r:
             raise ValueError(f"target_r {made.target_r} must be below init_r {made.init_r}, and above 0")
+        start = getattr(made, "init_lora_weights", True)
+        if isinstance(start, str) and start not in STARTS:
+            raise ValueError(
+                f"init_lora_weights {start} changes the base or needs data; allowed are {' '.join(STARTS)}"
+            )
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"--peft-config: not for {method}: {first_line(error)}") from error
     return made

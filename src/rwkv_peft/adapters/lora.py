@@ -17,6 +17,7 @@ from ..config import AdapterConfig
 from ..errors import ConfigError
 from .base import AdaptedLinear
 
+UNREAD = ("rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "use_qalora", "modules_to_save")
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
@@ -87,12 +88,11 @@ class LoraLinear(AdaptedLinear):
         }
 
     @staticmethod
+    def reads(settings: Mapping[str, Any]) -> bool:
+        return AdaptedLinear.reads(settings) and not any(settings.get(key) for key in UNREAD)
+
+    @staticmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:
-        for key in ("rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out"):
-            if settings.get(key):
-                raise ValueError(f"{key} is not supported yet")
-        if settings.get("bias", "none") != "none":
-            raise ValueError("bias is not supported yet")
         return AdapterConfig(
             "lora",
             int(settings["r"]),

@@ -8,6 +8,13 @@ from torch import Tensor
 
 from ..config import AdapterConfig
 
+PREFIX = "base_model.model."  # PEFT's, before every name in its files; what all layers share has `base_model.` alone
+
+
+def file_name(name: str) -> str:
+    """The name in PEFT's files of an adapter's tensor."""
+    return name if name.startswith("base_model.") else PREFIX + name
+
 
 @dataclass
 class SavedAdapter:

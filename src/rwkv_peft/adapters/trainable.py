@@ -10,6 +10,8 @@ from ..config import check_part
 from ..errors import ConfigError
 from .state_tuning import add_shift, add_state
 
+LEARNED = ("state", "shift")  # parts that a plain model does not have
+
 
 def freeze(model: nn.Module) -> None:
     """Let nothing train."""
@@ -53,7 +55,7 @@ def _own_part(path: str, module: nn.Module, part: str) -> Iterator[str]:
     """Names within one module; layers name their own vectors in `time_parameters`."""
     if part == "time":
         yield from getattr(module, "time_parameters", ())
-    elif part in ("state", "shift"):
+    elif part in LEARNED:
         yield {"state": "time_state", "shift": "shift_state"}[part]
     elif part == "ln" and isinstance(module, nn.LayerNorm | nn.GroupNorm):
         yield from ("weight", "bias")

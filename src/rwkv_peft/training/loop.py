@@ -8,6 +8,7 @@ from collections.abc import Callable
 
 import torch
 
+from ..adapters import extra_loss
 from ..config import TrainConfig
 from ..data.sampling import Dataset, step_batches
 from ..errors import TrainingError
@@ -43,6 +44,9 @@ def train_loop(
             loss, penalty = batch_loss(model, batch, config.logit_penalty)
             engine.backward((loss + penalty) / targets)
             step_loss += loss.detach() / targets
+        extra = extra_loss(model)
+        if extra is not None:
+            engine.backward(extra)
 
         lr = set_rates(optimizer, config, step, metrics.total_steps)
         norm = engine.clip(trained, config.clip)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch
@@ -97,10 +98,10 @@ def from_bitsandbytes(optim: str, device: torch.device) -> Any:
     if plain != optim and device.type != "cuda":
         raise ConfigError(f"--optim {optim}: needs a GPU, and the model is on {device.type}; use --optim {plain}")
     try:
-        import bitsandbytes.optim
+        package = importlib.import_module("bitsandbytes.optim")
     except ImportError as error:
         raise ConfigError(f"--optim {optim}: needs the package bitsandbytes; pip install bitsandbytes") from error
-    kind = getattr(bitsandbytes.optim, BITSANDBYTES[optim])
+    kind = getattr(package, BITSANDBYTES[optim])
     return kind if plain == optim else paged(kind)
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..adapters import attach_adapter, load_adapter, save_adapter
+from ..adapters import attach_adapter, follow, load_adapter, save_adapter
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
 from ..config import AdapterConfig, TrainConfig, flag_of
@@ -61,6 +61,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     check_space(out, model)
     total = config.max_steps or steps_of(config, data)
     optimizer = build_optimizer(model, config)
+    follow(model, optimizer, total)
     metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
     for line in describe(config, model, data.summary(), total):
         metrics.say(line)
