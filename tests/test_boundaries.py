@@ -12,12 +12,13 @@ import rwkv_peft
 
 PACKAGE = Path(rwkv_peft.__file__).parent
 
-FOR_ALL = {"config", "errors", "files", "__version__"}  # and a room may always import itself
+FOR_ALL = {"config", "errors", "files", "packages", "__version__"}  # and a room may always import itself
 READERS = {"checkpoint", "models", "ops", "adapters", "quant", "data", "loading"}
 MAY_IMPORT = {
     "config": set(),
     "errors": set(),
     "files": set(),
+    "packages": set(),
     "yaml_config": set(),
     "ops": set(),
     "models": {"ops"},

@@ -402,6 +402,26 @@ def test_a_run(base: Path, tmp_path: Path) -> None:
     assert extra < 0.9 * before
 
 
+def test_going_on_with_other_settings(base: Path, trained_oft: Path, tmp_path: Path) -> None:
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "abc"}\n')
+
+    def go_on(**settings: Any) -> str:
+        config = TrainConfig(base, [data], tmp_path / "run", adapter=trained_oft, device="cpu", max_steps=1, **settings)
+        rp.train(config, Console(file=io.StringIO()))
+        return (tmp_path / "run" / "adapter" / "rwkv_peft.json").read_text()
+
+    for settings, message in (
+        ({"rank": 9}, "--rank 9: .* has none, as peft:OFT; leave it out"),
+        ({"peft": "peft:LOHA"}, "--peft peft:LOHA: .* has peft:OFT; leave it out"),
+        ({"peft": "peft:OFT", "peft_config": '{"r": 2}'}, "--peft-config: not with --adapter"),
+    ):
+        with pytest.raises(ConfigError, match=message):
+            go_on(**settings)
+        assert not (tmp_path / "run").exists()
+    assert '"peft": "peft:OFT"' in go_on(peft="peft:oft")
+
+
 # --- errors
 
 
@@ -414,7 +434,7 @@ def refused(message: str, peft: str, *, targets: tuple[str, ...] = (), parts: tu
     [
         refused("--peft peft:OFTT: PEFT has no such method; allowed are .*LOHA.*did you mean OFT", "peft:OFTT"),
         refused("--peft peft:PREFIX_TUNING: works on the prompts of attention.*--peft state", "peft:PREFIX_TUNING"),
-        refused("--peft peft:xlora: mixes finished adapters", "peft:xlora"),
+        refused("--peft peft:XLORA: mixes finished adapters", "peft:xlora"),
         refused("--peft peft:POLY: needs the number of a task", "peft:POLY"),
         refused("--peft peft:TRAINABLE_TOKENS: .*--train-parts emb", "peft:TRAINABLE_TOKENS"),
         refused(

@@ -376,7 +376,7 @@ def test_muon_takes_the_matrices(load: Callable[..., Rwkv]) -> None:
     model, alone = tuned(load), tuned(load)
     groups = parameter_groups(alone, config)
     muon = torch.optim.Muon([g for g in groups if g["muon"]], adjust_lr_fn="match_rms_adamw")
-    others = torch.optim.AdamW([g for g in groups if not g["muon"]], betas=(0.8, 0.95), eps=1e-6)
+    others = torch.optim.AdamW([g for g in groups if not g["muon"]], betas=(0.8, 0.95), eps=1e-6, fused=True)
     take_steps(model, build_optimizer(model, config), config, range(5))
     for step in range(5):
         give_gradients(alone, step)
@@ -463,8 +463,8 @@ def refusal(model: Rwkv, **changes: Any) -> str:
 def test_a_missing_package(load: Callable[..., Rwkv], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    want = "--optim adamw8bit: needs the package bitsandbytes; pip install bitsandbytes"
-    assert refusal(load(), optim="adamw8bit") == want
+    want = r"--optim adamw8bit: needs the package bitsandbytes \(.*\); pip install bitsandbytes"
+    assert re.fullmatch(want, refusal(load(), optim="adamw8bit"))
     build_optimizer(load(), settings())
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib
 import math
 from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
@@ -16,6 +15,7 @@ from torch import nn
 from ..checkpoint import first_line
 from ..config import FOREIGN, AdapterConfig
 from ..errors import CheckpointError, ConfigError
+from ..packages import optional
 
 UNTOLD = 2**31  # AdaLoRA's number of steps while nobody knows it
 PROMPTS = "works on the prompts of attention, which RWKV has not; --peft state learns what comes before a text"
@@ -34,18 +34,15 @@ GENERAL = {
 
 
 def library(name: str) -> Any:
-    """A module of PEFT. Raises ConfigError if it, or one that it needs, is not installed."""
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise ConfigError(f"--peft {FOREIGN}METHOD: needs the package peft ({error}); pip install peft") from error
+    """A module of PEFT. Raises ConfigError if it is not installed."""
+    return optional(name, f"--peft {FOREIGN}METHOD")
 
 
 def make_config(model: nn.Module, config: AdapterConfig, targets: Sequence[str]) -> Any:
     """An object of PEFT's config class of the method. Raises ConfigError."""
     kinds = {kind.value: cls for kind, cls in library("peft.mapping").PEFT_TYPE_TO_CONFIG_MAPPING.items()}
     fit = sorted(name for name, cls in kinds.items() if name not in UNFIT and "target_modules" in setting_names(cls))
-    method = config.peft.removeprefix(FOREIGN).upper()
+    method = config.peft.removeprefix(FOREIGN)
     if method not in fit:
         why = UNFIT.get(method, PROMPTS) if method in kinds else "PEFT has no such method"
         raise ConfigError(f"--peft {config.peft}: {why}; allowed are {' '.join(fit)}{hint(method, fit)}")

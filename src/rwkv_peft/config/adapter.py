@@ -52,7 +52,7 @@ class AdapterConfig:
     """For `peft:METHOD`: the settings of PEFT's own config class."""
 
     def __post_init__(self) -> None:
-        self.peft = ALIASES.get(self.peft, self.peft)
+        self.peft = method_name(self.peft)
         self.targets = words(self.targets)
 
     @property
@@ -76,6 +76,11 @@ class AdapterConfig:
                 raise ConfigError(f"{flag_of(name)}: only with --peft lora, not {self.peft}; leave it out")
         if self.peft_config and not self.peft.startswith(FOREIGN):
             raise ConfigError(f"--peft-config: only with --peft peft:METHOD, not {self.peft}; leave it out")
+
+
+def method_name(peft: str) -> str:
+    """A method's one name: aliases resolved, PEFT's in capitals."""
+    return FOREIGN + peft[len(FOREIGN) :].upper() if peft.startswith(FOREIGN) else ALIASES.get(peft, peft)
 
 
 def check_part(part: str) -> None:

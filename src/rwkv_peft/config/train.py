@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
-from .adapter import ALIASES, FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, read_peft_config
+from .adapter import FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, method_name, read_peft_config
 from .common import ADVANCED, OnBadLine, Op, Overlong, TokenizerName, at_least, flag_of, words
 
 LR_STATE = 0.1
@@ -110,7 +110,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         self.model, self.out = Path(self.model), Path(self.out)
         self.data = [Path(path) for path in words(self.data)]
-        self.peft = ALIASES.get(self.peft, self.peft)
+        self.peft = method_name(self.peft)
         self.targets, self.train_parts = words(self.targets), words(self.train_parts)
 
     def resolved(self) -> TrainConfig:
@@ -134,8 +134,8 @@ class TrainConfig:
         check_method(self.peft, allowed=METHODS)
         if self.peft != "full":
             self.adapter_config().check()
-        elif self.adapter is not None:
-            raise ConfigError("--adapter: not with --peft full, which trains every weight; merge the adapter first")
+        if self.adapter is not None:
+            self.check_adapter()
         self.parts()
         for flag, value in (
             ("--ctx-len", self.ctx_len), ("--micro-batch", self.micro_batch), ("--grad-accum", self.grad_accum),
@@ -161,6 +161,13 @@ class TrainConfig:
             raise ConfigError(f"--adam-eps {self.adam_eps}: must be above 0; try 1e-8")
         if not self.data:
             raise ConfigError("--data: got no file; name at least one JSONL file")
+
+    def check_adapter(self) -> None:
+        """Raise `ConfigError` where a setting contradicts an adapter to go on with, whatever it is."""
+        if self.peft == "full":
+            raise ConfigError("--adapter: not with --peft full, which trains every weight; merge the adapter first")
+        if self.peft_config:
+            raise ConfigError("--peft-config: not with --adapter, which has its own; leave it out")
 
     def without_effect(self) -> list[str]:
         """Flags of settings that were changed, but mean nothing for the method."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 from ..config import TrainConfig
 from ..errors import ConfigError
 from ..models.base import ChannelMix, TimeMix
+from ..packages import optional
 from .schedule import learning_rate, weight_decay
 
 STATES = (".time_state", ".shift_state")  # ends of the names of learned initial states
@@ -32,11 +32,11 @@ def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimi
     device = groups[0]["params"][0].device
     adam: dict[str, Any] = {"betas": config.betas, "eps": config.adam_eps}
     if config.optim == "adamw":
-        return torch.optim.AdamW(groups, fused=device.type == "cuda", **adam)
+        return torch.optim.AdamW(groups, fused=True, **adam)
     if config.optim == "adafactor":
         return torch.optim.Adafactor(groups, eps=ADAFACTOR_EPS)
     if config.optim == "muon":
-        return MuonAdamW(groups, fused=device.type == "cuda", **adam)
+        return MuonAdamW(groups, **adam)
     optimizer: torch.optim.Optimizer = from_bitsandbytes(config.optim, device)(groups, **adam)
     return optimizer
 
@@ -97,11 +97,7 @@ def from_bitsandbytes(optim: str, device: torch.device) -> Any:
     plain = optim.removeprefix("paged-")
     if plain != optim and device.type != "cuda":
         raise ConfigError(f"--optim {optim}: needs a GPU, and the model is on {device.type}; use --optim {plain}")
-    try:
-        package = importlib.import_module("bitsandbytes.optim")
-    except ImportError as error:
-        raise ConfigError(f"--optim {optim}: needs the package bitsandbytes; pip install bitsandbytes") from error
-    kind = getattr(package, BITSANDBYTES[optim])
+    kind = getattr(optional("bitsandbytes.optim", f"--optim {optim}"), BITSANDBYTES[optim])
     return kind if plain == optim else paged(kind)
 
 
@@ -128,7 +124,7 @@ class MuonAdamW(torch.optim.Optimizer):
     is marked.
     """
 
-    def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float, fused: bool) -> None:
+    def __init__(self, groups: list[Group], betas: tuple[float, float], eps: float) -> None:
         if not hasattr(torch.optim, "Muon"):
             raise ConfigError(f"--optim muon: needs torch 2.9 or newer, this is {torch.__version__}; use --optim adamw")
         matrices, others = ([group for group in groups if group["muon"] is muon] for muon in (True, False))
@@ -136,7 +132,7 @@ class MuonAdamW(torch.optim.Optimizer):
             raise ConfigError("--optim muon: nothing that trains is a matrix; use --optim adamw")
         self.parts: list[torch.optim.Optimizer] = [torch.optim.Muon(matrices, adjust_lr_fn="match_rms_adamw")]
         if others:
-            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=fused))
+            self.parts.append(torch.optim.AdamW(others, betas=betas, eps=eps, fused=True))
         super().__init__([group for part in self.parts for group in part.param_groups], {})
         self._share()
 

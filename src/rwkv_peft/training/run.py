@@ -17,7 +17,7 @@ from rich.console import Console
 from ..adapters import attach_adapter, follow, load_adapter, save_adapter
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
-from ..config import AdapterConfig, TrainConfig, flag_of
+from ..config import MEANT_FOR, AdapterConfig, TrainConfig, flag_of
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
@@ -106,7 +106,8 @@ def check_continued(config: TrainConfig, model: Rwkv) -> None:
     for name in ("peft", "rank", "alpha", "rank_stabilised", "dora", "targets"):
         got, want = getattr(asked, name), getattr(saved, name)
         if got != getattr(plain, name) and got != want and not (name == "targets" and saved.peft == "state"):
-            shown = want if name != "targets" else "its own"
+            fits = saved.peft in MEANT_FOR.get(name, (saved.peft,))
+            shown = "its own" if name == "targets" else want if fits else f"none, as {saved.peft}"
             raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
     saved.dropout = config.dropout or saved.dropout
 
