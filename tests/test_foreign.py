@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from peft import AdaLoraConfig, LoHaConfig, PeftModel, get_peft_model
+from peft import AdaLoraConfig, LoHaConfig, PeftModel, PsoftConfig, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import rwkv_peft as rp
 from conftest import difference, random_model, random_tokens
 from rwkv_peft.adapters import foreign, merge_adapter, unmerge_adapter
+from rwkv_peft.adapters.saved import file_name
 from rwkv_peft.checkpoint import write_tensors
 from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.errors import CheckpointError, ConfigError
@@ -154,7 +155,7 @@ def test_merged_and_unmerged(trained: Trained, base: Path) -> None:
         assert changed.keys() == foreign.merged_tensors(model).keys()
         assert any(not torch.equal(p, foreign.merged_tensors(model)[name]) for name, p in changed.items())
         saved = load_file(trained.folder / "adapter_model.safetensors")
-        assert all(torch.equal(saved[foreign.file_name(n)], t) for n, t in foreign.tensors(model).items())
+        assert all(torch.equal(saved[file_name(n)], t) for n, t in foreign.tensors(model).items())
         merge_adapter(model)  # a second time changes nothing
         unmerge_adapter(model)
     assert torch.equal(logits_of(model), trained.logits)
@@ -546,6 +547,36 @@ def test_factors_of_another_base_are_refused(base: Path, tmp_path: Path) -> None
     change_tensors(tmp_path / "a", lambda t: t["base_model.frod_V.att_key"].neg_())
     with pytest.raises(CheckpointError, match="its factors of the base come out otherwise here"):
         rp.load_adapter(rp.load_model(base), tmp_path / "a")
+
+
+def test_directions_that_come_out_otherwise_are_those_that_were_trained(base: Path, tmp_path: Path) -> None:
+    """PSOFT's, on another machine: PEFT does not save them, but we do."""
+    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:PSOFT"))
+    train(model, 3)
+    rp.save_adapter(model, tmp_path / "a")
+    svd = torch.linalg.svd
+
+    def otherwise(*args: Any, **settings: Any) -> tuple[Tensor, Tensor, Tensor]:
+        U, S, V = svd(*args, **settings)
+        signs = torch.ones_like(S)
+        signs[::2] = -1
+        return U * signs, S, signs[:, None] * V
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("torch.linalg.svd", otherwise)
+        again = rp.load_adapter(rp.load_model(base), tmp_path / "a")
+        fresh = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:PSOFT"))
+    assert torch.equal(logits_of(again), logits_of(model))
+    assert difference(logits_of(fresh), logits_of(rp.load_model(base))) <= 1e-5
+    taken, anew = (foreign.tensors(m)["blocks.0.att.key.psoft_A"] for m in (again, fresh))
+    assert torch.equal(taken[1::2], anew[1::2])
+    assert torch.equal(taken[::2], -anew[::2])
+
+
+def test_a_psoft_folder_of_peft_itself(base: Path, tmp_path: Path) -> None:
+    theirs = get_peft_model(rp.load_model(base), PsoftConfig(target_modules=["att.key"], init_weights=False)).eval()
+    theirs.save_pretrained(str(tmp_path / "a"))
+    assert difference(logits_of(rp.load_adapter(rp.load_model(base), tmp_path / "a")), logits_of(theirs)) <= 1e-6
 
 
 def test_it_must_be_the_only_adapter(base: Path, trained_oft: Path) -> None:

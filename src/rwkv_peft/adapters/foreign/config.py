@@ -12,10 +12,10 @@ from typing import Any
 
 from torch import nn
 
-from ..checkpoint import first_line
-from ..config import FOREIGN, AdapterConfig
-from ..errors import CheckpointError, ConfigError
-from ..packages import optional
+from ...checkpoint import first_line
+from ...config import FOREIGN, AdapterConfig
+from ...errors import CheckpointError, ConfigError
+from ...packages import optional
 
 UNTOLD = 2**31  # AdaLoRA's number of steps while nobody knows it
 PROMPTS = "works on the prompts of attention, which RWKV has not; --peft state learns what comes before a text"
