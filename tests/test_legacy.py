@@ -23,7 +23,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.sampling import choose, load_dataset
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
-from rwkv_peft.legacy import TABLE, check_claims, is_old, translate
+from rwkv_peft.legacy import TABLE, check_claims, config_of, is_old, reworded, translate
 from rwkv_peft.yaml_config import convert, read_yaml, settings_of
 
 ROOT = Path(__file__).parents[1]
@@ -63,7 +63,7 @@ OLD_ALL = f"{MODEL}--data_type binidx {SIZES}{STEPS}--pre_ffn 0 --head_qk 0 {RAT
 FLAT = "--lora_load rwkv-0 --lora --lora_r 64 --lora_alpha 128 --lora_dropout 0.01 --lora_parts=att,ffn,time,ln "
 LORA = """--peft lora --lora_config '{"lora_load":"","lora_r":32,"lora_alpha":32,"lora_dropout":0.0}' """
 PISSA = """--peft pissa --pissa_config '{"pissa_load":"","pissa_init":"","pissa_r":32,"svd_niter":4}' """
-BONE = """--peft bone --bone_config '{"bone_load":"","bone_r":64}' """
+BONE = """--peft bone --bone_config '{"bone_load":"","bone_r":32}' """
 BONE_MODE = """--peft bone --bone_config '{"bone_mode":"bone","bone_load":"","bone_r":64}' """
 DISHA = """--peft disha --disha_config '{"mode":"bone","load":"","r":64}' """
 BAT = """--peft disha --disha_config '{"mode":"bat","load":"","r":64}' """
@@ -77,7 +77,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "its first version": (V6, OLD_ALL + '--my_testing "x060" --dataload pad ' + PISSA + "--wandb peft-loss",
                           "pissa 32 time ln"),
     "scripts/run_bone.sh": (V6, OLD_ALL + '--my_testing "x060" --dataload pad --loss_mask pad ' + BONE
-                            + "--train_parts [] --wandb peft-loss", "bone 64"),
+                            + "--train_parts [] --wandb peft-loss", "bat 32"),
     "scripts/run_disha.sh": (V6, ALL + PAD + '--my_testing "x060" ' + DISHA, "bone 64 time ln"),
     "scripts/run_sft.sh": (V7, ALL + '--my_testing "x070" ' + BONE_MODE + SFT + '--sft_split "train" --wandb DiSHA',
                            "bone 64 time ln"),
@@ -278,7 +278,7 @@ ERRORS = [
     ("--load_model ''", "--load_model: missing; training a new model .*not there yet"),
     ("--sft_field query", "--sft_field query: must be 2 fields"),
     ("--sft_field q a", "data.jsonl:1: no field 'q'"),
-    ("--sft_split test", "--split test: no known form; write train, train\\[:1000\\]"),
+    ("--sft_split test", "--sft_split test: no known form; write train, train\\[:1000\\]"),
     ("--lora_config '{lora_r:8}'", "--lora_config {lora_r:8}: broken JSON"),
     ("--lora_config '[]'", "--lora_config \\[\\]: must be a JSON object"),
     ("--lora_config '{\"lora_rank\":8}'", "--lora_config: lora_rank is no key of it; did you mean lora_"),
@@ -287,7 +287,7 @@ ERRORS = [
     ("--lora_load rwkv-0.pth", "rwkv-0.pth: "),
     ("--lora --lora_parts ln,time", "--lora_parts ln,time: adapts nothing"),
     ("--peft disha --disha_config '{\"mode\":\"bad\"}'", "--disha_config mode bad: allowed are bone bat"),
-    ("--peft disha --disha_config '{\"r\":0}'", "--rank 0: must be at least 1"),
+    ("--peft disha --disha_config '{\"r\":0}'", "--disha_config r 0: must be at least 1"),
     ("--peft lroa", "--peft lroa: allowed are none lora pissa disha bone miss bat state"),
     ("--train_parts hed", "--train.parts hed: allowed are time ln emb head"),
     ("--train_type both", "--train_type both: allowed are none finetune state"),
@@ -297,6 +297,23 @@ ERRORS = [
     ("--micro_bsz", "--micro_bsz: must be one value"),
     ("--micro_bsz 1 2", "--micro_bsz 1 2: must be one value"),
     ("--epoch_count 0", "--epoch_count 0: must be at least 1"),
+    ("-n_layer 2", "-n_layer: a flag begins with two hyphens; did you mean --n_layer?"),
+    ("—fla", "—fla: a flag begins with two hyphens; did you mean --fla?"),
+    ("--lora no", "--lora no: is a flag without a value; leave out no, or the flag"),
+    ("--pre_ffn 1", "--pre_ffn 1: the model file has 0;"),
+    ("--peft disha --disha_config '{\"mode\":[\"bone\"]}'", "--disha_config mode .'bone'.: allowed are bone bat"),
+    ("--peft disha --disha_config '{\"r\":null}'", "--disha_config r null: must be a number"),
+    ("--random_seed 18446744073709551616", "--random_seed 18446744073709551616: must be at least 0 and below"),
+    ("--peft 'a\nb'", "--peft a b: allowed are"),
+    # what is found while the run is prepared, in the words of the line
+    ("--lr_init -1e-3", "--lr_init -0.001: must be above 0"),
+    ("--beta1 1.5", "--beta1 1.5 0.99: both must be"),
+    ("--lora_r 0", "--lora_r 0: must be at least 1"),
+    ("--lora_config '{\"lora_alpha\":0}'", "--lora_config lora_alpha 0.0: must be above 0"),
+    ("--proj_dir ''", "--proj_dir"),
+    ("--proj_dir " + "a/" * 30 + "a" * 300, ".*: File name too long; check the path"),
+    ("--sft_field nope response", ".*no field 'nope'"),
+    ("--ctx_len 1", ".*--ctx_len 1 .*--overlong.* .--overlong: of today's line, docs/migration.md.$"),
     ("--lod_model m.pth", "--lod_model: no flag of the original; did you mean --load_model?"),
     ("--rank 8", "--load_model is a flag of the original, --rank one of today's: write the line in one of the two"),
     ("--config run.yaml", "--load_model is a flag of the original, --config one of today's"),
@@ -334,12 +351,56 @@ def test_a_word_before_any_flag() -> None:
         translate(["x", "--load_model", "m"])
 
 
+def test_a_line_without_a_version_means_the_files(
+    trained: dict[str, int], tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    """RWKV-7 has no gate, and trained at one rate; RWKV-6 and 5 have one, and two rates."""
+    for version in (V7, V6):
+        trained.clear()
+        out = str(tmp_path / version)
+        line = ALL + SFT + "--lora --lora_r 4 --lora_parts=att,time"
+        assert main(["train", *shell(line, tmp_path, model_file(version=version), proj_dir=out)]) == 0
+        assert trained == expected(version, "lora 4 att time")
+        assert read_yaml(Path(out) / "config.yaml", TrainConfig)["layerwise_lr"] == (version == V6)
+
+
+def test_what_is_new_about_time_is_said(
+    tmp_path: Path, model_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    line = MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 1 --epoch_count 1 --peft lora "
+    for flags, said in (("", True), ("--train_parts ln ", False)):
+        model = model_file()
+        assert main(["train", *shell(line + flags, tmp_path, model, proj_dir=str(tmp_path / f"o{said}"))]) == 0
+        assert ("note   --train_parts time: in RWKV-7 x_* " in capsys.readouterr().out) == said
+
+
+def test_a_file_of_another_rank_is_gone_on_with(tmp_path: Path, model_file: Callable[..., Path]) -> None:
+    """Unless the line gives a rank, which then is quoted as it was given."""
+    tensors = {f"blocks.{i}.att.key.bone": torch.randn(5, 64) for i in range(2)}
+    torch.save(tensors, tmp_path / "rwkv-1.pth")
+    disha = f"""--peft disha --train_parts [] --disha_config '{{"mode":"bone","load":"{tmp_path}/rwkv-1.pth"RANK}}' """
+    line = ALL + SFT + disha
+    assert main(["train", *shell(line.replace("RANK", ""), tmp_path, model_file())]) == 0
+    (tmp_path / "again").mkdir()
+    with pytest.raises(ConfigError, match=r"--rank 64: .* has 5"):
+        from rwkv_peft.training.run import train
+
+        words = shell(line.replace("RANK", ',"r":64'), tmp_path, model_file(), proj_dir=str(tmp_path / "again"))
+        train(config_of(words, say=lambda note: None))
+    message = reworded("--rank 64: has 5; --alpha --seed-x a/--rank `--lr`", words)
+    assert message == "--disha_config r 64: has 5; --lora_alpha --seed-x a/--rank `--lr_init`"
+
+
 def test_loss_mask_qa_needs_lines_that_tell_answers_apart(tmp_path: Path) -> None:
     claims = {"loss_mask": "qa"}
     assert check_claims(claims, "unread", [data(tmp_path)]) == []
     (tmp_path / "text.jsonl").write_text('\n{"text": "User: Hi\\n\\nAssistant: Hello!"}\n')
-    with pytest.raises(ConfigError, match=r"--loss_mask qa: .*text\.jsonl holds lines of text, .*messages"):
-        check_claims(claims, "unread", [tmp_path / "text.jsonl"])
+    for lines in (["text"], ["messages", "text"]):
+        both = [json.dumps({name: []}) for name in lines]
+        (tmp_path / "text.jsonl").write_text("\n".join(["", *both]))
+        with pytest.raises(ConfigError, match=r"--loss_mask qa: .*text\.jsonl holds lines of text, .*messages"):
+            check_claims(claims, "unread", [tmp_path / "text.jsonl"])
+    assert translate([*NEEDED, "--data_type", "sft", "--loss_mask", "qa"]).claims == claims
 
 
 # --- the translation
@@ -359,6 +420,10 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
     ("--peft bat", {"peft": "bat", "rank": 64}),
     ("--peft lora --lora_config '{\"lora_load\": \"a/rwkv-3.pth\", \"lora_r\": 4}'",
      {"adapter": "a/rwkv-3.pth", "rank": 4, "alpha": 32.0}),
+    ("--peft lora --lora_config '{\"lora_load\": \"a/rwkv-3.pth\"}'", {"adapter": "a/rwkv-3.pth", "rank": None}),
+    ("--peft bone --bone_config '{\"bone_r\": 16}'", {"peft": "bat", "rank": 16}),
+    ("--peft bone --bone_config '{\"bone_mode\": \"bone\"}'", {"peft": "bone", "rank": 64}),
+    ("--lora --lora_load a.pth", {"targets": None}),
     ("--peft lora --lora_config {\"lora_r\":4, \"lora_alpha\":8}".replace('"', '\\"'), {"rank": 4, "alpha": 8.0}),
     ("--peft pissa --pissa_config '{\"pissa_load\":\"rwkv-0.pth\",\"pissa_init\":\"i.pth\",\"svd_niter\":2}'",
      {"adapter": "rwkv-0.pth", "pissa_init": "i.pth", "svd_iterations": 2}),
@@ -412,7 +477,7 @@ NOTES = [
     ("--optim adam_mini", ["--optim adam_mini: runs as adamw"]),
     ("--n_embd 64 --quant none --wandb '' --strategy auto --devices 1 --num_nodes 1", []),
     ("--pre_ffn 0 --head_qk 0 --loss_mask pad --dataload pad --epoch_begin 0 --mask_id {}",
-     ["--pre_ffn --head_qk --loss_mask --dataload --epoch_begin: nothing to do"]),
+     ["--loss_mask --dataload --epoch_begin --mask_id: nothing to do"]),
     ("--op fla --fla", ["--op fla: the best operator", "--fla: the best operator"]),
     ("--strategy deepspeed_stage_2_offload",
      ["--strategy deepspeed_stage_2_offload: one device needs none; .*not there yet"]),
@@ -431,6 +496,12 @@ NOTES = [
     ("--peft lora --pissa_config '{\"r\":8}'", ["--pissa_config {\"r\":8}: no effect with --peft lora"]),
     ("--lora --PISSA --lora_alpha 128 --lora_parts att,ffn", ["--lora_alpha 128: no effect with --peft pissa"]),
     ("--lora --lora_load rwkv-0", ["--lora_load rwkv-0: no such file, so a new adapter begins"]),
+    ("--peft lora --train_type state", ["--train_type state: the state trains beside the adapter and parts"]),
+    ("--peft bone --bone_config '{\"bone_r\":8}'",
+     ["--bone_config {\"bone_r\":8}: Bone, while it had no bone_mode, was"]),
+    ("--peft lora --my_testing x070", ["--train_parts time: in RWKV-7 x_"]),
+    ("--loss_mask qa --sft_field q a", ["--loss_mask qa: only answers train"]),
+    ("--mask_id '{\"mask0\":\"a\"}'", ["--mask_id {\"mask0\":\"a\"}: for --loss_mask se"]),
     ("--merge 0 --fused_kernel --dropout 0.1", ["--merge 0: `rwkv-peft merge", "--fused_kernel: ", "--dropout 0.1: "]),
 ]  # fmt: skip
 

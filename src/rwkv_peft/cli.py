@@ -52,13 +52,27 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.flush()
         return code
     except RwkvPeftError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {as_typed(str(error), sys.argv[1:] if argv is None else argv)}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else Python complains when it exits
         return PIPE_CLOSED
+    except OSError as error:  # of a path that nobody could foresee, e.g. one that is too long
+        if error.filename is None:
+            raise
+        print(f"error: {error.filename}: {error.strerror}; check the path", file=sys.stderr)
+        return FAILED
+
+
+def as_typed(message: str, argv: Sequence[str]) -> str:
+    """A message in the words of the original's command line, if that was typed."""
+    if list(argv[:1]) != ["train"]:
+        return message
+    from . import legacy
+
+    return legacy.reworded(message, argv[1:]) if legacy.is_old(argv[1:]) else message
 
 
 def run(argv: list[str]) -> int:

@@ -122,10 +122,10 @@ def to_yaml(config: Any) -> str:
     return yaml.dump(_plain(asdict(config)), Dumper=Dumper, sort_keys=False, allow_unicode=True, width=120)
 
 
-def suggestion(name: str, names: Iterable[str]) -> str:
-    """`; did you mean …?` if one of `names` is close, else nothing."""
+def suggestion(name: str, names: Iterable[str], before: str = "") -> str:
+    """`; did you mean …?` if one of `names` is close, else nothing; with `before` before the name."""
     near = get_close_matches(name, list(names), n=1)
-    return f"; did you mean {near[0]}?" if near else ""
+    return f"; did you mean {before}{near[0]}?" if near else ""
 
 
 def _read_mapping(content: object, kind: type[Any], where: str) -> dict[str, object]:

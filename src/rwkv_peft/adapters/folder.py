@@ -151,7 +151,8 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
     if path.is_file():
         return read_original(path, alpha, None if pissa_init is None else Path(pissa_init))
     if not path.is_dir():
-        raise CheckpointError(f"{path}: no such folder; an adapter is a folder with adapter_config.json in it")
+        kind = "file" if path.suffix == ".pth" else "folder; an adapter is a folder with adapter_config.json in it"
+        raise CheckpointError(f"{path}: no such {kind}; check the path")
     check_options([path], alpha, pissa_init)
     ours = _read_json(path / "rwkv_peft.json") if (path / "rwkv_peft.json").exists() else {}
     if ours.get("format", FORMAT) != FORMAT:

@@ -151,8 +151,8 @@ class TrainConfig:
             ("--logit-penalty", self.logit_penalty), ("--seed", self.seed), ("--lr-final", self.lr_final),
             ("--weight-decay-final", self.weight_decay_final),
         ):  # fmt: skip
-            if number is not None and number < 0:
-                raise ConfigError(f"{flag} {number}: must be at least 0")
+            if number is not None and not 0 <= number < 2**63:
+                raise ConfigError(f"{flag} {number}: must be at least 0{' and below 2**63' if number > 0 else ''}")
         if not 0 <= self.wsd_decay <= 1:
             raise ConfigError(f"--wsd-decay {self.wsd_decay}: must be from 0 to 1; try 0.2")
         if not all(0 <= beta < 1 for beta in self.betas):

@@ -6,12 +6,13 @@ from collections.abc import Callable, Sequence
 
 from ..config import TrainConfig
 from ..yaml_config import build, convert, settings_of
-from .claims import check_claims
+from .claims import check_claims, version_of
 from .line import is_old
 from .table import SECTIONS, TABLE
 from .translate import Translation, translate
+from .words import reworded
 
-__all__ = ["SECTIONS", "TABLE", "Translation", "check_claims", "config_of", "is_old", "translate"]
+__all__ = ["SECTIONS", "TABLE", "Translation", "check_claims", "config_of", "is_old", "reworded", "translate"]
 
 
 def config_of(argv: Sequence[str], say: Callable[[str], None] = print) -> TrainConfig:
@@ -19,7 +20,7 @@ def config_of(argv: Sequence[str], say: Callable[[str], None] = print) -> TrainC
 
     Raises ConfigError, CheckpointError.
     """
-    translation = translate(argv)
+    translation = translate(argv, version_of)
     hints = settings_of(TrainConfig)
     values = {name: convert(value, hints[name].hint, f"--{name}") for name, value in translation.values.items()}
     config = build(TrainConfig, values)

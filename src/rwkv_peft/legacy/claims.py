@@ -25,6 +25,7 @@ def check_claims(claims: Mapping[str, Any], model: Path | str, data: Sequence[Pa
         found = {
             "my_testing": kind.version, "n_layer": sizes.layers, "n_embd": sizes.width, "vocab_size": sizes.vocab_size,
             "dim_att": sizes.width, "dim_ffn": sizes.ffn, "head_size_a": sizes.head_size, "head_size_divisor": 8,
+            "pre_ffn": 0, "head_qk": 0, "tiny_att_dim": 0, "my_pos_emb": 0,
         }  # fmt: skip
         for name, value in asked.items():
             if value != found[name] and not (name == "my_testing" and generation(value) == generation(kind.version)):
@@ -36,24 +37,36 @@ def check_claims(claims: Mapping[str, Any], model: Path | str, data: Sequence[Pa
     return no_gpu(str(claims["accelerator"])) if "accelerator" in claims else []
 
 
+def version_of(model: str) -> str:
+    """The version of a model file, e.g. x070. Raises CheckpointError if it is none."""
+    from ..checkpoint import read_tensors
+    from ..loading import check_model
+
+    return check_model(model, read_tensors(model))[0].version
+
+
 def generation(version: str) -> str:
     """7 for x070 and its variants, as the original saw it."""
     return next((digit for digit in "765" if digit in version), version)
 
 
 def refuse_text(data: Sequence[Path]) -> None:
-    """Raise ConfigError if a file's first line is plain text, whose answers cannot be told from its questions."""
+    """Raise ConfigError if a file has lines of plain text, whose answers cannot be told from its questions."""
     for path in data:
         try:
             with path.open(encoding="utf-8") as file:
-                line = json.loads(next((line for line in file if line.strip()), "null"))
+                plain = any(is_text(json.loads(line)) for line in file if '"text"' in line)
         except (OSError, ValueError):
             continue  # what is wrong with it is said when the data is read
-        if isinstance(line, dict) and "text" in line and not {"messages", "conversations"} & line.keys():
+        if plain:
             raise ConfigError(
                 f"--loss_mask qa: {path} holds lines of text, for which it is not there yet; write them as messages "
                 "(docs/data.md), of which only the answers train"
             )
+
+
+def is_text(line: object) -> bool:
+    return isinstance(line, dict) and "text" in line and not {"messages", "conversations"} & line.keys()
 
 
 def no_gpu(accelerator: str) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,6 +14,7 @@ from ..yaml_config import convert, settings_of, suggestion
 from .table import COMING, TABLE
 
 Values = dict[str, Any]
+SWITCH = {"": True, "1": True, "true": True, "0": False, "false": False}
 PAGE = "docs/migration.md"
 
 
@@ -21,6 +23,8 @@ class Old:
     """An old command line: the words behind each flag, and what there is to say about it."""
 
     given: dict[str, list[str]]
+    version: str = ""
+    """Of the model, as the line or the file has it."""
     notes: list[str] = field(default_factory=list)
 
     def __contains__(self, name: str) -> bool:
@@ -30,7 +34,7 @@ class Old:
         """The value of a flag: its default, if it is not given. Raises ConfigError if it has another form."""
         row, words = TABLE[name], self.given.get(name)
         if row.form is bool:
-            return words is not None and words not in (["0"], ["false"], ["False"])
+            return self.switch(name)
         if row.form is dict:
             return read_json(name, row.default) | ({} if words is None else read_json(name, " ".join(words)))
         if row.form is list:
@@ -39,9 +43,20 @@ class Old:
             raise ConfigError(f"--{name} {' '.join(words)}".rstrip() + ": must be one value")
         return convert(row.default if words is None else words[0], row.form, f"--{name}")
 
+    def switch(self, name: str) -> bool:
+        """Whether a flag without a value is on. Raises ConfigError if it has one that is no 0 or 1."""
+        word = " ".join(self.given.get(name, ["0"])).lower()
+        if word not in SWITCH:
+            raise ConfigError(f"{self.shown(name)}: is a flag without a value; leave out {word}, or the flag")
+        return SWITCH[word]
+
+    def said(self, name: str) -> Values:
+        """The keys of a JSON flag that were given, with their values."""
+        return read_json(name, " ".join(self.given[name])) if name in self.given else {}
+
     def shown(self, name: str) -> str:
-        """The flag as it was given."""
-        return f"--{name} {' '.join(self.given.get(name, []))}".rstrip()
+        """The flag as it was given, in one line."""
+        return " ".join(f"--{name} {' '.join(self.given.get(name, []))}".split())
 
     def note(self, name: str, text: str) -> None:
         self.notes.append(f"{self.shown(name)}: {text}")
@@ -75,6 +90,9 @@ def read(argv: Sequence[str]) -> Old:
     words: list[str] | None = None
     for word in argv:
         name = flag_name(word)
+        if re.match(r"[-–—]+[A-Za-z]", word) and not name:
+            meant = flag_name("--" + word.lstrip("-–—"))
+            raise ConfigError(f"{word}: a flag begins with two hyphens{suggestion(meant, TABLE, '--')}")
         if name:
             check_flag(name, word, argv)
             words = given[name] = [word.partition("=")[2]] if "=" in word else []
@@ -103,7 +121,7 @@ def read_json(name: str, text: str) -> Values:
     text, example = " ".join(text.split()), f"'{TABLE[name].default}'"
     try:
         found = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError(
             f"--{name} {text}: broken JSON ({error}); write it as {example}, with these quotes"
         ) from error

@@ -69,6 +69,7 @@ def method_of(old: Old) -> Values:
         return values | ({"train_parts": ["none"]} if values["peft"] == "state" else {})
     parts = parts_of(old, hf)
     if with_state:  # beside an adapter, at the same rate as all else
+        old.note("state_tune" if old["state_tune"] else "train_type", "the state trains beside the adapter and parts")
         parts, values["lr_state"] = [*parts, "state"], old["lr_init"]
     return values | {"train_parts": parts or ["none"]}
 
@@ -100,7 +101,7 @@ def own_method(old: Old, peft: str) -> Values:
     for flag in dict.fromkeys((*KEYS, "peft_config", *FLAT["lora"], *FLAT["pissa"])):
         if flag in old and flag != used and flag not in flat and old[flag] is not None:  # which checks its form
             old.note(flag, f"no effect with --peft {'none' if peft == 'full' else peft}")
-    if "lora_parts" in old or old["lora"]:
+    if "lora_parts" in old or (old["lora"] and "adapter" not in values):
         values |= lora_targets(old)
     return values
 
@@ -108,18 +109,23 @@ def own_method(old: Old, peft: str) -> Values:
 def config_values(old: Old, flag: str) -> Values:
     """The settings that a JSON config means."""
     values: Values = {"peft": next(method for method, flags in CONFIGS.items() if flag in flags)}
-    known = KEYS[flag]
-    for key, value in old[flag].items():
+    known, given = KEYS[flag], old[flag]
+    if flag == "bone_config" and flag in old and "bone_mode" not in given:
+        values["peft"] = "bat"
+        old.note(flag, "Bone, while it had no bone_mode, was what is called bat now")
+    for key, value in given.items():
         if key in IGNORED_KEYS:
             continue
         if key not in known:
             raise ConfigError(f"--{flag}: {key} is no key of it{suggestion(key, known)}; allowed are {' '.join(known)}")
         if known[key] != "peft":
             values |= given_value(old, f"{flag} {key}", known[key], value)
-        elif value in MODES:
+        elif isinstance(value, str) and value in MODES:
             values["peft"] = MODES[value]
         else:
             raise ConfigError(f"--{flag} {key} {value}: allowed are bone bat")
+    if "adapter" in values and not old.said(flag).keys() & {key for key, setting in known.items() if setting == "rank"}:
+        del values["rank"]  # the file's own
     return values
 
 
@@ -131,17 +137,19 @@ def given_value(old: Old, where: str, setting: str, value: Any) -> Values:
     if setting in ("adapter", "pissa_init"):
         if not isinstance(value, str):
             raise ConfigError(f"--{where} {value}: must be a path, or empty")
-        if setting == "adapter" and value and not Path(value).suffix and not Path(value).exists():
+        if setting == "adapter" and value and not value.endswith(".pth") and not Path(value).exists():
             old.notes.append(f"--{where} {value}: no such file, so a new adapter begins, as in the original")
             return {}
         return {setting: value} if value else {}
+    if value is None:
+        raise ConfigError(f"--{where} null: must be a number")
     return {setting: convert(value, settings_of(TrainConfig)[setting].hint, f"--{where}")}
 
 
 def lora_targets(old: Old) -> Values:
     """The matrices that `--lora_parts` names."""
     parts = old["lora_parts"].split(",")
-    gate = () if "7" in old["my_testing"] else ("att.gate",)
+    gate = () if "7" in old.version else ("att.gate",)
     matrices = {
         "att": ("att.receptance", "att.key", "att.value", "att.output", *gate),
         "ffn": ("ffn.key", "ffn.value", *(("ffn.receptance",) if gate else ())),
@@ -180,4 +188,9 @@ def parts_of(old: Old, hf: bool) -> list[str]:
     parts += ["emb", "head"] if old["emb"] else []
     for part in parts:
         check_part(part)
+    if "time" in parts and "7" in old.version:
+        old.notes.append(
+            "--train_parts time: in RWKV-7 x_* w0 a0 v0 k_k k_a r_k; the original, which looked for `time` in names, "
+            "left them frozen, as --train_parts ln does"
+        )
     return list(dict.fromkeys(parts))

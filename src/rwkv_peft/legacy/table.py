@@ -47,6 +47,7 @@ def later(settings: str, default: str, form: type, text: str, *harmless: str, re
     return Row("later", tuple(settings.split()), default, form, text, harmless, refused)
 
 
+NO_OFFICIAL = "0, since no official model has it."
 MADE_OF = "the model file says what it is made of"
 STAGES = "for pre-training in stages on binidx data, which is not there yet"
 BEST_OP = "the best operator that runs here is taken"
@@ -66,13 +67,13 @@ SECTIONS: dict[str, dict[str, Row]] = {
         "head_size_a": claim("64", int, "Size of a head; 0 asks for nothing."),
         "head_size_divisor": claim("8", int, "8 in every official model; 0 asks for nothing."),
         "load_partial": idle("0", int, "a model file must be whole"),
-        "pre_ffn": idle("0", int, MADE_OF),
-        "head_qk": idle("0", int, MADE_OF),
-        "tiny_att_dim": idle("0", int, MADE_OF),
+        "pre_ffn": claim("0", int, NO_OFFICIAL),
+        "head_qk": claim("0", int, NO_OFFICIAL),
+        "tiny_att_dim": claim("0", int, NO_OFFICIAL),
         "tiny_att_layer": idle("-999", int, MADE_OF),
         "my_ffn_shift": idle("1", int, MADE_OF),
         "my_att_shift": idle("1", int, MADE_OF),
-        "my_pos_emb": idle("0", int, MADE_OF),
+        "my_pos_emb": claim("0", int, NO_OFFICIAL),
         "random_seed": to("seed", "-1", int, "-1, which meant another seed each time, is 0."),
     },
     "Method": {
@@ -90,7 +91,7 @@ SECTIONS: dict[str, dict[str, Row]] = {
             "train_parts", '["time", "ln"]', list,
             "`time ln`, `[\"time\", \"ln\"]` and `[time, ln]` mean the same, `[]` is `none`. No effect without an "
             "adapter. The original looked for the word `time` in names, and RWKV-7 has none with it; here "
-            "`time` is what it is in RWKV-5 and 6: mixes, decays and the like.",
+            "`time` is what it is in RWKV-5 and 6: mixes, decays and the like; a line says so.",
         ),
         "lora_config": to(
             "rank alpha dropout adapter", '{"lora_load":"", "lora_r":8, "lora_alpha":32, "lora_dropout":0.01}', dict,
@@ -107,8 +108,8 @@ SECTIONS: dict[str, dict[str, Row]] = {
             "`mode` is `bone` or `bat`. The default, `mode`, made no adapter at all; here it is `bone`.",
         ),
         "bone_config": to(
-            "peft rank adapter", '{"bone_mode":"bone", "bone_load":"", "bone_r":64}', dict,
-            "The earlier name of `--disha_config`.",
+            "peft rank adapter", '{"bone_load":"", "bone_r":64}', dict,
+            "The earlier name of `--disha_config`. Before it had a `bone_mode`, Bone was what is called `bat` now.",
         ),
         "miss_config": to(
             "peft rank adapter", '{"mode":"mode", "load":"", "r":64}', dict, "The later name of `--disha_config`."
@@ -223,7 +224,7 @@ SECTIONS: dict[str, dict[str, Row]] = {
     "Saving and watching": {
         "epoch_save": later(
             "save_every", "5", int,
-            "saving on the way is not there yet; the adapter is saved at the end, and when Ctrl-C ends the run", "0",
+            "saving on the way is not there yet; the result is saved at the end, and when Ctrl-C ends the run", "0",
         ),
         "merge": idle("1", int, "`rwkv-peft merge BASE ADAPTER OUT` makes the merged model"),
         "wandb": later("wandb", "", str, "not there yet; metrics.jsonl and loss.png in the run's folder have it", ""),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
@@ -33,13 +33,19 @@ class Translation:
     """Lines to print."""
 
 
-def translate(argv: Sequence[str]) -> Translation:
-    """Today's settings for an old command line. Raises ConfigError, of one line, for what it cannot mean."""
+def translate(argv: Sequence[str], version_of: Callable[[str], str] | None = None) -> Translation:
+    """Today's settings for an old command line. Raises ConfigError, of one line, for what it cannot mean.
+
+    `version_of` tells the version of a model file, for lines that do not; without it they mean the original's default.
+    """
     old = read(argv)
     for name in old.given:
         row = TABLE[name]
         if row.refused and (row.form is bool or str(old[name]) not in row.harmless):
             raise ConfigError(f"{old.shown(name)}: {row.text}")
+    old.version = old["my_testing"]
+    if version_of and "my_testing" not in old and old["load_model"]:
+        old.version = version_of(old["load_model"])
     values = {**run_of(old), **data_of(old), **steps_of(old), **optimiser_of(old), **method_of(old), **machine_of(old)}
     without_effect(old)
     return Translation(values, claims_of(old), old.notes)
@@ -136,7 +142,7 @@ def optimiser_of(old: Old) -> Values:
     optimisers = {"none": "adamw", "adam_mini": "adamw", "": "adamw"} | {name: name for name in ours}
     values: Values = {
         "lr": lr, "lr_final": final, "schedule": schedule, "warmup_steps": warmup,
-        "layerwise_lr": old["layerwise_lr"] > 0 and not ("my_testing" in old and "7" in old["my_testing"]),
+        "layerwise_lr": old["layerwise_lr"] > 0 and "7" not in old.version,
         "optim": old.choice("optim", optimisers), "betas": [old["beta1"], old["beta2"]], "adam_eps": old["adam_eps"],
         "weight_decay": old["weight_decay"],
     }  # fmt: skip
@@ -163,9 +169,9 @@ def without_effect(old: Old) -> None:
     silent = []
     for name in old.given:
         row, value = TABLE[name], old[name]
-        if (name, value) == ("loss_mask", "qa") or name == "mask_id":
-            continue  # of which `claims_of` and `data_of` speak
-        if row.kind == "explained":
+        if (name, value) == ("loss_mask", "qa"):
+            old.note(name, "only answers train, of messages, conversations or two fields, as is usual here")
+        elif row.kind == "explained":
             if (row.form is not bool and value == Old({})[name]) or (name, value) == ("loss_mask", "pad"):
                 silent.append(f"--{name}")
             else:
@@ -178,10 +184,11 @@ def without_effect(old: Old) -> None:
 
 def claims_of(old: Old) -> dict[str, Any]:
     """What the line says of the model, the data and the machine."""
-    claims = {name: old[name] for name in old.given if TABLE[name].kind == "checked" and old[name] not in (0, "")}
+    asked = {name: old[name] for name in old.given if TABLE[name].kind == "checked"}
+    claims = {name: value for name, value in asked.items() if (value > 0 if isinstance(value, int) else value)}
     if "loss_mask" in old:
         old.choice("loss_mask", dict.fromkeys(("none", "pad", "qa", "se"), ""))
-        if old["loss_mask"] == "qa" and old["data_type"] != "sft" and "sft_field" not in old:
+        if old["loss_mask"] == "qa" and "sft_field" not in old:
             claims["loss_mask"] = "qa"
     if "accelerator" in old and old["accelerator"] in ("gpu", "cuda"):
         claims["accelerator"] = old["accelerator"]

@@ -108,7 +108,8 @@ def check_continued(config: TrainConfig, model: Rwkv) -> None:
         if got != getattr(plain, name) and got != want and not (name == "targets" and saved.peft == "state"):
             fits = saved.peft in MEANT_FOR.get(name, (saved.peft,))
             shown = "its own" if name == "targets" else want if fits else f"none, as {saved.peft}"
-            raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
+            asked_for = " ".join(got) if name == "targets" else got
+            raise ConfigError(f"{flag_of(name)} {asked_for}: {config.adapter} has {shown}; leave it out")
     saved.dropout = config.dropout or saved.dropout
 
 
