@@ -12,6 +12,7 @@ from .adapters import load_adapter
 from .adapters.folder import check_options
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
+from .errors import RwkvPeftError
 from .export.states import check_state, load_state
 from .loading import load_model
 from .models import ModelState, Rwkv
@@ -125,7 +126,12 @@ def answer_all(model: Rwkv, tokenizer: Tokenizer, prompts: Sequence[str], max_to
 
 
 def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Generator) -> int:
-    """A token drawn from logits (V,): the likeliest ones that together have the probability `top_p`."""
+    """A token drawn from logits (V,): the likeliest ones that together have the probability `top_p`.
+
+    Raises RwkvPeftError if one is NaN or Inf.
+    """
+    if not bool(torch.isfinite(logits).all()):
+        raise RwkvPeftError("the model's logits are NaN or Inf; try --dtype fp32, or without the adapter or state")
     if temperature == 0:
         return int(logits.argmax())
     probabilities, tokens = torch.softmax(logits.cpu() / temperature, dim=-1).sort(descending=True)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from torch import nn
@@ -37,6 +38,7 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     for part in parts:
         check_part(part)
     names = [name for part in parts if part not in LEARNED for name in part_names(model, part)]
+    check_apart({f"{target}.weight" for target in targets}, names if config.peft in ADAPTERS else ())
     for name in targets if config.peft in ADAPTERS else ():
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
         ADAPTERS[config.peft].check(config, inputs, outputs)
@@ -51,6 +53,13 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     model.adapter_config = config  # type: ignore[assignment]
     model.adapter_count = 1  # type: ignore[assignment]
     return model
+
+
+def check_apart(adapted: Collection[str], names: Iterable[str]) -> None:
+    """Raise ConfigError if one of the parameters `names`, which are to train in full, has an adapter."""
+    both = [name for name in names if name in adapted or ".base_layer." in name]
+    if both:
+        raise ConfigError(f"--train-parts: {both[0]} has an adapter, by --targets; leave it out of one of them")
 
 
 def wrap(model: nn.Module, config: AdapterConfig, targets: Iterable[str]) -> list[AdaptedLinear]:
@@ -94,6 +103,24 @@ def unmerge_adapter(model: nn.Module) -> None:
     for _, layer in adapted(model):
         layer.unmerge()
     foreign.unmerge(model)
+
+
+def is_merged(model: nn.Module) -> bool:
+    """Whether the adapters are in the weights now."""
+    return any(layer.is_merged for _, layer in adapted(model)) or foreign.is_merged(model)
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """The model with its adapters out of the weights, where they are in them."""
+    merged = is_merged(model)
+    if merged:
+        unmerge_adapter(model)
+    try:
+        yield
+    finally:
+        if merged:
+            merge_adapter(model)
 
 
 def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
+from .saved import GENERAL
+
+TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # the tensors tell as much
 
 
 class AdaptedLinear(nn.Module, ABC):
@@ -23,6 +26,8 @@ class AdaptedLinear(nn.Module, ABC):
 
     tensors: ClassVar[tuple[str, ...]]
     """Every name that a tensor of this method can have in an adapter folder, within its matrix."""
+    entries: ClassVar[tuple[str, ...]] = ()
+    """Of PEFT's `adapter_config.json`, those that `from_peft` knows, or that change nothing."""
     peft_type: ClassVar[str]
     """PEFT's name of the method; one that PEFT has not, where it has no such method."""
 
@@ -38,6 +43,10 @@ class AdaptedLinear(nn.Module, ABC):
         self.config = config
         self.in_features, self.out_features = base.in_features, base.out_features
         self.others = nn.ModuleList()
+
+    @property
+    def is_merged(self) -> bool:
+        return bool(self._unmerged)
 
     @property
     def base(self) -> nn.Linear:
@@ -82,6 +91,11 @@ class AdaptedLinear(nn.Module, ABC):
             self.base.weight.data = self._unmerged[0]
             self._unmerged = ()
 
+    @classmethod
+    def owns(cls, name: str) -> bool:
+        """Whether a tensor of this name in an adapter folder can be one of the method."""
+        return name.endswith(tuple(f".{own}" for own in cls.tensors))
+
     def trained(self) -> dict[str, nn.Parameter]:
         """The adapter's own parameters by name."""
         own = dict(self.named_parameters())
@@ -106,10 +120,11 @@ class AdaptedLinear(nn.Module, ABC):
     def to_peft(config: AdapterConfig) -> dict[str, Any]:
         """The method's own entries of PEFT's `adapter_config.json`."""
 
-    @staticmethod
-    def reads(settings: Mapping[str, Any]) -> bool:
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
         """Whether `from_peft` knows all that these entries ask for; if not, the folder is left to PEFT itself."""
-        return bool(settings.get("bias", "none") == "none")
+        known = {*GENERAL, *TARGETS, *cls.entries}
+        return all(key in known or not value or (key, value) == ("bias", "none") for key, value in settings.items())
 
     @staticmethod
     @abstractmethod

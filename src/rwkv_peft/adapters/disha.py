@@ -22,6 +22,7 @@ class BoneLinear(AdaptedLinear):
     """y = W x + Dᵀ Σ_b x_b, with D (rank, out) zero at first, and x_b the shards of x; the last may be shorter."""
 
     tensors = ("miss_block",)
+    entries = ("r", "mini_r", "init_weights")
     peft_type = "MISS"
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
@@ -53,10 +54,11 @@ class BoneLinear(AdaptedLinear):
     def to_peft(config: AdapterConfig) -> dict[str, Any]:
         return {"r": config.rank, "miss_dropout": 0.0, "mini_r": 1, "bias": "none", "init_weights": True}
 
-    @staticmethod
-    def reads(settings: Mapping[str, Any]) -> bool:
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
         is_bone = settings.get("init_weights", True) in (True, False)  # else PEFT's own bat, or its mini
-        return AdaptedLinear.reads(settings) and is_bone and not settings.get("miss_dropout")
+        is_bone = settings.get("init_weights", True) in (True, False)  # else PEFT's own bat, or its mini
+        return super().reads(settings) and is_bone
 
     @staticmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:

@@ -22,7 +22,7 @@ from ..config import FOREIGN, AdapterConfig
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import write_folder, write_text
 from . import foreign
-from .attach import ADAPTERS, adapted, wrap
+from .attach import ADAPTERS, adapted, is_merged, unmerged, wrap
 from .base import AdaptedLinear
 from .original import read_original
 from .saved import PREFIX, SavedAdapter, file_name
@@ -50,6 +50,12 @@ def save_adapter(model: nn.Module, folder: Path | str) -> None:
     others = sorted(p.name for p in folder.iterdir() if p.name not in FILES) if folder.is_dir() else []
     if others:
         raise OutputError(f"{folder}: holds {others[0]}, which is no adapter's file; name a new folder")
+    with unmerged(model):
+        _save(model, folder, config)
+
+
+def _save(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
+    """As `save_adapter`, of a model whose adapter is not merged."""
     layers = dict(adapted(model))
     tensors = foreign.tensors(model) or {
         f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.to_file().items()
@@ -84,6 +90,8 @@ def load_adapter(
 
     Raises CheckpointError if the folder is damaged, or does not belong to this model.
     """
+    if is_merged(model):
+        raise ConfigError("load_adapter: the model's adapters are merged; unmerge_adapter(model) first")
     saved = read_adapter(path, alpha, pissa_init)
     if saved.base and getattr(model, "fingerprint", saved.base) != saved.base:
         raise CheckpointError(f"{path}: was trained on a base with other weights than {model.source}; load that base")
@@ -166,6 +174,8 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
         settings = _read_json(path / "adapter_config.json")
         method = _method(settings, str(ours.get("peft", "")))
         tensors = _read_adapter_tensors(path, foreign=method is None)
+        if method and "peft" not in ours and not all(map(method.owns, tensors)):
+            method = None  # of matrices that only PEFT adapts, e.g. the embedding
         config = _adapter_config(path, settings, method, tensors) if method else foreign.config_of(path, settings)
     for name, tensor in {**tensors, **parts, **states}.items():
         check_finite(path, name, tensor)
@@ -173,12 +183,18 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
 
 
 def check_options(paths: Iterable[Path | str], alpha: float | None, pissa_init: Path | str | None) -> None:
-    """Raise ConfigError if an option for files of the original program is given, and none of `paths` is a file."""
+    """Raise ConfigError if an option for files of the original program is given, and none of `paths` needs it."""
     flag = "--alpha" if alpha is not None else "--pissa-init" if pissa_init is not None else ""
     if flag and not any(Path(path).is_file() for path in paths):
         raise ConfigError(
             f"{flag}: only for an adapter .pth of the original program; a folder holds its own; leave it out"
         )
+    files = [Path(path) for path in paths if flag and Path(path).is_file()]
+    methods = {saved.config.peft for path in files if (saved := read_adapter(path, alpha, pissa_init)).config}
+    if files and alpha is not None and "lora" not in methods:
+        raise ConfigError(f"--alpha {alpha:g}: only a LoRA has it; leave it out")
+    if files and pissa_init is not None and "pissa" not in methods:
+        raise ConfigError(f"--pissa-init {pissa_init}: only a PiSSA has it; leave it out")
 
 
 def check_fit(path: Path | str, saved: SavedAdapter, base: Mapping[str, tuple[int, ...]]) -> None:
@@ -191,11 +207,13 @@ def check_fit(path: Path | str, saved: SavedAdapter, base: Mapping[str, tuple[in
             raise CheckpointError(f"{path}: adapts {target}, which this base has not; name its own base")
         expected |= {f"{target}.{key}": size for key, size in _file_shapes(path, saved.config, shape).items()}  # type: ignore[arg-type]
     odd = sorted(expected.keys() ^ saved.tensors.keys()) if is_ours else []
+    states = _state_shapes(base, saved.parts)
+    odd += sorted(states.keys() - saved.parts.keys())
+    odd += sorted({f"{target}.weight" for target in saved.config.targets} & saved.parts.keys()) if saved.config else []
     if odd or not (saved.tensors or saved.parts):
         what = odd[0] if odd else "every tensor"
         raise CheckpointError(f"{path}: {what} is missing or has no use; copy the folder again")
-    if any(name.endswith(STATES) for name in saved.parts):
-        expected |= _state_shapes(base, saved.parts)
+    expected |= states
     expected |= {name: base.get(name, ()) for name in saved.parts if name not in expected}
     for name, tensor in {**(saved.tensors if is_ours else {}), **saved.parts}.items():
         if _true_axes(tensor.shape) != _true_axes(expected[name]):
@@ -223,13 +241,16 @@ def _file_shapes(path: Path | str, config: AdapterConfig, matrix: tuple[int, ...
 
 def _state_shapes(base: Mapping[str, tuple[int, ...]], parts: Mapping[str, Tensor]) -> dict[str, tuple[int, ...]]:
     """Shapes of the learned states of every layer, of the kinds that `parts` hold."""
+    kinds = tuple(kind for kind in STATES if any(name.endswith(kind) for name in parts))
+    if not kinds:
+        return {}
     width = base["emb.weight"][1]
     heads, size = next(base[f"blocks.0.att.{name}"] for name in ("r_k", "time_faaaa") if f"blocks.0.att.{name}" in base)
     shapes: dict[str, tuple[int, ...]] = {}
     for block in {name.split(".att.")[0] for name in base if ".att." in name}:
         shapes[f"{block}.att.time_state"] = (heads, size, size)
         shapes |= {f"{block}.{mix}.shift_state": (width,) for mix in ("att", "ffn")}
-    return {name: shape for name, shape in shapes.items() if name in parts}
+    return {name: shape for name, shape in shapes.items() if name.endswith(kinds)}
 
 
 def _true_axes(shape: Iterable[int]) -> list[int]:
@@ -259,8 +280,10 @@ def _method(settings: Mapping[str, Any], peft: str) -> type[AdaptedLinear] | Non
     """Our own method that a folder is of, by the name in rwkv_peft.json or PEFT's; None if PEFT itself must read it."""
     if peft.startswith(FOREIGN):
         return None
+    if peft in ADAPTERS:
+        return ADAPTERS[peft]
     by_type = {method.peft_type: method for method in reversed(ADAPTERS.values())}
-    method = ADAPTERS.get(peft) or by_type.get(str(settings.get("peft_type")))
+    method = by_type.get(str(settings.get("peft_type")))
     return method if method and method.reads(settings) else None
 
 
@@ -284,7 +307,7 @@ def _read_json(path: Path) -> dict[str, Any]:
         found = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError as error:
         raise CheckpointError(f"{path}: no such file; an adapter folder needs it") from error
-    except (OSError, ValueError) as error:
+    except (OSError, RecursionError, ValueError) as error:
         raise CheckpointError(f"{path}: cannot be read ({error}); copy the folder again") from error
     if not isinstance(found, dict):
         raise CheckpointError(f"{path}: holds no object; copy the folder again")

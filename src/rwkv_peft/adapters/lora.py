@@ -17,7 +17,8 @@ from ..config import AdapterConfig
 from ..errors import ConfigError
 from .base import AdaptedLinear
 
-UNREAD = ("rank_pattern", "alpha_pattern", "lora_bias", "fan_in_fan_out", "use_qalora", "modules_to_save")
+STARTS = ("gaussian", "orthogonal")  # init_lora_weights, if it is no bool, that leave the base as it is
+TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where a row of W is all zero
 A, B, MAGNITUDE = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector"
 
 
@@ -29,6 +30,10 @@ class LoraLinear(AdaptedLinear):
     """
 
     tensors: ClassVar[tuple[str, ...]] = (A, B, MAGNITUDE)
+    entries = (
+        *("r", "lora_alpha", "lora_dropout", "use_rslora", "use_dora", "init_lora_weights"),
+        *("megatron_core", "qalora_group_size", "runtime_config"),
+    )
     peft_type = "LORA"
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
@@ -60,17 +65,17 @@ class LoraLinear(AdaptedLinear):
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
         """|W + scale · B A| of each row (out,), without making that matrix."""
-        W, scale = self.base.weight.float(), self.config.scale
         a, b = self.lora_A.weight, self.lora_B.weight
+        W, scale = self.base.weight.to(a.dtype), self.config.scale
         squares = W.square().sum(1) + 2 * scale * ((W @ a.T) * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
-        return squares.clamp(min=0).sqrt()
+        return squares.clamp(min=TINY).sqrt()
 
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
         sum_ = torch.addmm(weight.float(), tensors[B].float(), tensors[A].float(), alpha=config.scale)
         if not config.dora:
             return sum_
-        lengths: Tensor = torch.linalg.vector_norm(sum_, dim=1)
+        lengths: Tensor = torch.linalg.vector_norm(sum_, dim=1).clamp(min=TINY**0.5)
         return sum_ * (tensors[MAGNITUDE].float() / lengths)[:, None]
 
     @staticmethod
@@ -87,9 +92,9 @@ class LoraLinear(AdaptedLinear):
             "init_lora_weights": True,
         }
 
-    @staticmethod
-    def reads(settings: Mapping[str, Any]) -> bool:
-        return AdaptedLinear.reads(settings) and not any(settings.get(key) for key in UNREAD)
+    @classmethod
+    def reads(cls, settings: Mapping[str, Any]) -> bool:
+        return super().reads(settings) and settings.get("init_lora_weights") in (None, True, False, *STARTS, "eva")
 
     @staticmethod
     def from_peft(settings: Mapping[str, Any]) -> AdapterConfig:

@@ -10,6 +10,11 @@ from ..config import AdapterConfig
 
 PREFIX = "base_model.model."  # PEFT's, before every name in its files; what all layers share has `base_model.` alone
 
+# entries of adapter_config.json that are of no method
+GENERAL = {
+    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
+}  # fmt: skip
+
 
 def file_name(name: str) -> str:
     """The name in PEFT's files of an adapter's tensor."""

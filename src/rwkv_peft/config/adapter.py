@@ -15,6 +15,7 @@ from .common import at_least, flag_of, words
 TRAIN_PARTS = ("time", "ln", "emb", "head", "state", "shift")
 METHODS = ("lora", "pissa", "bone", "bat", "state", "full")
 ALIASES = {"miss": "bone", "disha": "bone"}  # other names of a method
+LARGEST_RANK = 2**16  # no matrix has a longer side, but a damaged folder may claim one
 FOREIGN = "peft:"  # before the name of a method of Hugging Face PEFT
 # settings of one method or a few, and which
 MEANT_FOR = {
@@ -25,6 +26,7 @@ MEANT_FOR = {
     "rank_stabilised": ("lora",),
     "dora": ("lora",),
     "svd_iterations": ("pissa",),
+    "peft_config": (),  # but for PEFT's own methods
 }
 
 
@@ -66,6 +68,8 @@ class AdapterConfig:
         """Raise `ConfigError` where a value is out of range, or means nothing for the method."""
         check_method(self.peft)
         at_least("--rank", self.rank, 1, "try 8, 16 or 32")
+        if self.rank > LARGEST_RANK:
+            raise ConfigError(f"--rank {self.rank}: must be at most {LARGEST_RANK}; try 8, 16 or 32")
         at_least("--svd-iterations", self.svd_iterations, 0, "0 is the exact SVD, 4 is usual")
         if self.alpha is not None and not 0 < self.alpha < math.inf:
             raise ConfigError(f"--alpha {self.alpha}: must be above 0 and finite; twice the rank is usual")

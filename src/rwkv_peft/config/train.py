@@ -134,8 +134,7 @@ class TrainConfig:
         check_method(self.peft, allowed=METHODS)
         if self.peft != "full":
             self.adapter_config().check()
-        if self.adapter is not None:
-            self.check_adapter()
+        self.check_adapter()
         self.parts()
         for flag, value in (
             ("--ctx-len", self.ctx_len), ("--micro-batch", self.micro_batch), ("--grad-accum", self.grad_accum),
@@ -163,7 +162,11 @@ class TrainConfig:
             raise ConfigError("--data: got no file; name at least one JSONL file")
 
     def check_adapter(self) -> None:
-        """Raise `ConfigError` where a setting contradicts an adapter to go on with, whatever it is."""
+        """Raise `ConfigError` where a setting contradicts that there is an adapter to go on with, or none."""
+        if self.adapter is None:
+            if self.pissa_init is not None:
+                raise ConfigError(f"--pissa-init {self.pissa_init}: only with --adapter; leave it out")
+            return
         if self.peft == "full":
             raise ConfigError("--adapter: not with --peft full, which trains every weight; merge the adapter first")
         if self.peft_config:
@@ -176,7 +179,7 @@ class TrainConfig:
         idle = [
             flag_of(name)
             for name, methods in MEANT_FOR.items()
-            if name in changed and self.peft not in methods and not (foreign and name == "targets")
+            if name in changed and self.peft not in methods and not (foreign and name in ("targets", "peft_config"))
         ]
         if self.adapter is not None and self.svd_iterations != 4:
             idle.append("--svd-iterations")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapters import ADAPTERS, SavedAdapter, foreign, load_adapter, read_adapter
@@ -56,7 +57,10 @@ def merge(
     for name, tensor in merged.items():
         own = base[name].dtype if name in base else tensor.dtype
         merged[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
-        check_finite(out, name, merged[name])
+        if tensor is base.get(name):
+            check_finite(base_path, name, tensor)
+        elif not bool(torch.isfinite(merged[name]).all()):
+            raise CheckpointError(f"{paths[-1]}: merged, {name} holds NaN or Inf; try --dtype fp32, or train it anew")
     write_tensors(out, merged)
     return out
 

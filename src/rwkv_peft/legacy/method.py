@@ -103,6 +103,8 @@ def own_method(old: Old, peft: str) -> Values:
             old.note(flag, f"no effect with --peft {'none' if peft == 'full' else peft}")
     if "lora_parts" in old or (old["lora"] and "adapter" not in values):
         values |= lora_targets(old)
+    if "pissa_init" in values and "adapter" not in values:
+        old.notes.append(f"pissa_init {values.pop('pissa_init')}: no effect without pissa_load")
     return values
 
 

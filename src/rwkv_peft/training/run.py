@@ -8,13 +8,14 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from rich.console import Console
 
-from ..adapters import attach_adapter, follow, load_adapter, save_adapter
+from ..adapters import attach_adapter, follow, load_adapter, read_adapter, save_adapter
+from ..adapters.attach import adapted, check_apart
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
 from ..config import MEANT_FOR, AdapterConfig, TrainConfig, flag_of
@@ -50,7 +51,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
-    config = config.resolved()
+    config = going_on(config).resolved()
     out = config.out
     check_out(out)
     check_optimizer(config.optim, find_device(config.device))
@@ -81,6 +82,15 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
 
 
+def going_on(config: TrainConfig) -> TrainConfig:
+    """With the method of the adapter to go on with, on which defaults depend. Raises CheckpointError."""
+    if config.adapter is None or config.peft != TrainConfig.peft:
+        return config
+    alpha = config.alpha if config.adapter.is_file() else None
+    saved = read_adapter(config.adapter, alpha, config.pissa_init)
+    return replace(config, peft=saved.config.peft if saved.config else "state")
+
+
 def prepare(model: Rwkv, config: TrainConfig) -> None:
     """Attach the adapter, or the one to go on with, and let what is to train, train."""
     torch.manual_seed(config.seed)
@@ -94,7 +104,9 @@ def prepare(model: Rwkv, config: TrainConfig) -> None:
         load_adapter(model, config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
         check_continued(config, model)
         add_parts(model, parts)
-        make_trainable(model, [*model.adapter_bases, *(name for part in parts for name in part_names(model, part))])
+        names = [name for part in parts for name in part_names(model, part)]
+        check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
+        make_trainable(model, [*model.adapter_bases, *names])
     model.grad_checkpoint = config.grad_checkpoint
     model.train()
 

@@ -10,10 +10,10 @@ from .attaching import attach
 from .config import config_of
 from .merging import merge, merged_tensors, unmerge
 from .saving import load, settings, tensors
-from .side import layers, of, parameters
+from .side import is_merged, layers, of, parameters
 from .single import extra_loss, follow
 
 __all__ = [
-    "attach", "config_of", "extra_loss", "follow", "layers", "load", "merge", "merged_tensors", "of", "parameters",
-    "settings", "tensors", "unmerge",
+    "attach", "config_of", "extra_loss", "follow", "is_merged", "layers", "load", "merge", "merged_tensors", "of",
+    "parameters", "settings", "tensors", "unmerge",
 ]  # fmt: skip

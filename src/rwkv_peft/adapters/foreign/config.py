@@ -16,6 +16,8 @@ from ...checkpoint import first_line
 from ...config import FOREIGN, AdapterConfig
 from ...errors import CheckpointError, ConfigError
 from ...packages import optional
+from ..lora import STARTS
+from ..saved import GENERAL
 
 UNTOLD = 2**31  # AdaLoRA's number of steps while nobody knows it
 PROMPTS = "works on the prompts of attention, which RWKV has not; --peft state learns what comes before a text"
@@ -26,11 +28,10 @@ UNFIT = {
     "TRAINABLE_TOKENS": "trains rows of the embedding; --train-parts emb does that",
     "XLORA": "mixes finished adapters of a Transformers model",
 }
-STARTS = ("gaussian", "orthogonal")  # of LoRA's, those that an adapter folder can hold; and true and false
-# entries of adapter_config.json that are not the method's
-GENERAL = {
-    "auto_mapping", "base_model_name_or_path", "inference_mode", "peft_type", "peft_version", "revision", "task_type",
-}  # fmt: skip
+UNFIT_SETTINGS = {
+    "alora_invocation_tokens": "works only where PEFT itself prepares each call",
+    "trainable_token_indices": "trains rows of the embedding; --train-parts emb does that",
+}
 
 
 def library(name: str) -> Any:
@@ -47,19 +48,29 @@ def make_config(model: nn.Module, config: AdapterConfig, targets: Sequence[str])
         why = UNFIT.get(method, PROMPTS) if method in kinds else "PEFT has no such method"
         raise ConfigError(f"--peft {config.peft}: {why}; allowed are {' '.join(fit)}{hint(method, fit)}")
     check_settings(method, kinds[method], config.peft_config)
-    chosen = {"target_modules": list(targets), **defaults(method, model, config, targets), **config.peft_config}
+    names = list(targets)
+    if config.peft_config.get("layers_to_transform") is not None:  # PEFT does not ask it of whole names
+        names = sorted({".".join(name.split(".")[-2:]) for name in targets})
+    chosen = {"target_modules": names, **defaults(method, model, config, targets), **config.peft_config}
     try:
         made = kinds[method](**chosen)
-        if method == "ADALORA" and not 0 < made.target_r < made.init_r:
-            raise ValueError(f"target_r {made.target_r} must be below init_r {made.init_r}, and above 0")
-        start = getattr(made, "init_lora_weights", True)
-        if isinstance(start, str) and start not in STARTS:
-            raise ValueError(
-                f"init_lora_weights {start} changes the base or needs data; allowed are {' '.join(STARTS)}"
-            )
+        check_made(method, made)
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"--peft-config: not for {method}: {first_line(error)}") from error
     return made
+
+
+def check_made(method: str, made: Any) -> None:
+    """Raise ValueError for values that PEFT itself takes, and that cannot work here."""
+    if method == "ADALORA" and not 0 < made.target_r < made.init_r:
+        raise ValueError(f"target_r {made.target_r} must be below init_r {made.init_r}, and above 0")
+    if method == "ADALORA" and made.deltaT < 1:
+        raise ValueError(f"deltaT {made.deltaT} must be at least 1")
+    start = getattr(made, "init_lora_weights", True)
+    if isinstance(start, str) and start not in STARTS:
+        remedy = "take --peft pissa, or let PEFT save a plain LoRA, with path_initial_model_for_weight_conversion"
+        allowed = " ".join(STARTS)
+        raise ValueError(f"init_lora_weights {start} changes the base or needs data; allowed are {allowed}; {remedy}")
 
 
 def check_settings(method: str, kind: type, given: Mapping[str, Any]) -> None:
@@ -70,6 +81,8 @@ def check_settings(method: str, kind: type, given: Mapping[str, Any]) -> None:
         if key not in allowed:
             means = f"{method} has no such setting; allowed are {' '.join(allowed)}{hint(key, allowed)}"
             raise ConfigError(f"--peft-config {key}: {means}")
+        if value and key in UNFIT_SETTINGS:
+            raise ConfigError(f"--peft-config {key}: {UNFIT_SETTINGS[key]}; leave it out")
         if is_number(known[key]) and value is not None and not is_number(value):
             raise ConfigError(f"--peft-config {key} {value!r}: must be a number; {method}'s default is {known[key]}")
 

@@ -26,8 +26,10 @@ def merge(model: nn.Module) -> None:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 layer.merge()
-        except (NotImplementedError, ValueError) as error:
+        except (NotImplementedError, RuntimeError, ValueError) as error:
             unmerge(model)
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
             what = f"peft:{found.config.peft_type.value} cannot be merged: {first_line(error)}"
             raise ConfigError(f"{what}; run the base with the adapter instead") from error
         for parameter, data in kept:

@@ -14,7 +14,6 @@ from ...errors import CheckpointError, ConfigError
 from ..saved import PREFIX, SavedAdapter, file_name
 from .attaching import attach, detach
 from .config import library, to_json
-from .merging import merge, unmerge
 from .side import of
 from .single import factors, take_factors, with_pruned
 
@@ -64,20 +63,19 @@ def check_whole(path: Path | str, given: Mapping[str, Tensor], fresh: Mapping[st
 
 
 def tensors(model: nn.Module) -> dict[str, Tensor]:
-    """The adapter's tensors as PEFT saves them, without `base_model.model.`; none if the model has no such adapter."""
+    """The adapter's tensors as PEFT saves them, without `base_model.model.`; none if the model has no such adapter.
+
+    It must not be merged.
+    """
     found = of(model)
     if found is None:
         return {}
-    merged, config = bool(found.unmerged), found.config
-    if merged:
-        unmerge(model)
+    config = found.config
     if config.peft_type == "ADALORA":  # or PEFT leaves out the ranks that are 0 now, but may train again
         pattern, config.rank_pattern = config.rank_pattern, None
     state = library("peft").get_peft_model_state_dict(found.peft, save_embedding_layers=False)
     if config.peft_type == "ADALORA":
         config.rank_pattern = pattern
-    if merged:
-        merge(model)
     seen: set[int] = set()
     for name, tensor in state.items():  # a file cannot hold one tensor under two names
         state[name] = tensor.clone() if tensor.data_ptr() in seen else tensor

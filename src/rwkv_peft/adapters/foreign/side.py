@@ -41,6 +41,12 @@ def layers(model: nn.Module) -> dict[str, Any]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kind)}
 
 
+def is_merged(model: nn.Module) -> bool:
+    """Whether the adapter is in the weights now."""
+    found = of(model)
+    return found is not None and bool(found.unmerged)
+
+
 def parameters(model: nn.Module) -> set[str]:
     """Names in the model of what the adapter trains; none if the model has no such adapter."""
     found = of(model)

@@ -77,8 +77,8 @@ def follow(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> No
     if config.peft_type == "ADALORA":
         config.total_step = found.total_step or total
         if config.tinit + config.tfinal >= config.total_step:
-            got = f"tinit {config.tinit} and tfinal {config.tfinal}"
-            raise ConfigError(f"--peft-config: {got} must leave some of {config.total_step} steps; give smaller ones")
+            got, remedy = f"tinit {config.tinit} and tfinal {config.tfinal}", "give smaller ones, or take more steps"
+            raise ConfigError(f"--peft-config: {got} must leave some of {config.total_step} steps; {remedy}")
     # after the step, but before its gradients go: they tell which ranks matter
     optimizer.register_step_post_hook(lambda *_: tuner.update_and_allocate(next(steps)))
 
