@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import rwkv_peft as rp
 from conftest import PypiRwkv, difference, random_rwkv7, random_tokens
+from rwkv_peft.adapters import merge_adapter, unmerge_adapter
 from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig
@@ -313,6 +314,25 @@ def test_what_peft_has_and_we_have_not_is_left_to_peft(
     assert difference(logits_of(rp.load_model(merged)), logits_of(theirs)) <= 1e-5
 
 
+@pytest.mark.parametrize("start", ["pissa", "olora"])
+def test_a_lora_of_peft_that_changed_its_base_is_refused(start: str, load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    """Its folder does not hold the changed base; read as a plain LoRA, it would be wrong without a word."""
+    config = LoraConfig(r=4, target_modules=["att.key"], init_lora_weights=start)
+    get_peft_model(load(**SIZES), config).save_pretrained(str(tmp_path / "a"))
+    model = load(**SIZES)
+    logits = logits_of(model)
+    with pytest.raises(CheckpointError, match=f"init_lora_weights {start} changes the base .*path_initial_model"):
+        rp.load_adapter(model, tmp_path / "a")
+    assert torch.equal(logits_of(model), logits)
+
+
+def test_an_adapter_of_the_embedding_is_left_to_peft(load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    theirs = disturb(get_peft_model(load(**SIZES), LoraConfig(r=4, target_modules=["emb", "att.key"]))).eval()
+    theirs.save_pretrained(str(tmp_path / "a"), save_embedding_layers=False)
+    ours = rp.load_adapter(load(**SIZES), tmp_path / "a")
+    assert difference(logits_of(ours), logits_of(theirs)) <= 1e-5
+
+
 def test_biases_that_peft_would_train_are_refused(load: Callable[..., Rwkv], tmp_path: Path) -> None:
     config = LoraConfig(r=6, target_modules=["att.key"], bias="all")
     get_peft_model(load(**SIZES), config).save_pretrained(str(tmp_path / "a"))
@@ -504,3 +524,87 @@ def test_no_folder_and_no_adapter(load: Callable[..., Rwkv], tmp_path: Path) -> 
     with pytest.raises(ConfigError, match="the model has no adapter; attach one first"):
         rp.save_adapter(load(**SIZES), tmp_path / "a")
     assert not (tmp_path / "a").exists()
+
+
+# --- what would be wrong without a word
+
+
+@pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat"])
+def test_a_matrix_has_an_adapter_or_trains_in_full(peft: str, load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    model, plain = load(**SIZES), dict(load(**SIZES).named_parameters())
+    config = AdapterConfig(peft, rank=1, targets=("head", "att.key"))
+    with pytest.raises(ConfigError, match=r"--train-parts: head\.weight has an adapter, by --targets; leave it out"):
+        rp.attach_adapter(model, config, ("head",))
+    assert dict(model.named_parameters()).keys() == plain.keys()
+    rp.save_adapter(rp.attach_adapter(model, config), tmp_path / "a")
+    write_tensors(tmp_path / "a" / "parts.safetensors", {"head.weight": plain["head.weight"]})
+    ours = json.loads((tmp_path / "a" / "rwkv_peft.json").read_text())
+    (tmp_path / "a" / "rwkv_peft.json").write_text(json.dumps(ours | {"parts": ["head.weight"]}))
+    with pytest.raises(CheckpointError, match=r"head\.weight is missing or has no use"):
+        rp.load_adapter(load(**SIZES), tmp_path / "a")
+
+
+def test_an_adapter_beside_merged_ones_is_refused(load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    rp.save_adapter(disturb(rp.attach_adapter(load(**SIZES), AdapterConfig(rank=2))), tmp_path / "a")
+    model = rp.load_adapter(load(**SIZES), tmp_path / "a")
+    merge_adapter(model)
+    with pytest.raises(ConfigError, match=r"adapters are merged; unmerge_adapter\(model\) first"):
+        rp.load_adapter(model, tmp_path / "a")
+    unmerge_adapter(model)
+    rp.load_adapter(model, tmp_path / "a")
+
+
+def test_dora_of_rows_that_are_zero(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    tensors = random_rwkv7(**SIZES)
+    tensors["blocks.0.att.output.weight"].zero_()
+    tensors["blocks.1.ffn.value.weight"][3] = 0
+    torch.save(tensors, tmp_path / "zero.pth")
+    model = rp.attach_adapter(rp.load_model(tmp_path / "zero.pth"), AdapterConfig("lora", 4, dora=True))
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], 0.01)
+    for _ in range(3):
+        model(TOKENS)[0].square().mean().backward()
+        assert all(bool(torch.isfinite(p.grad).all()) for p in model.parameters() if p.grad is not None)
+        optimizer.step()
+    rp.save_adapter(model, tmp_path / "a")
+    merged = rp.load_model(rp.merge(tmp_path / "zero.pth", tmp_path / "a", tmp_path / "m.pth"))
+    assert difference(logits_of(merged), logits_of(model)) <= 1e-4
+
+
+@pytest.mark.parametrize("config", [AdapterConfig(rank=4), AdapterConfig(rank=4, dora=True), AdapterConfig("pissa", 4),
+                                    AdapterConfig("bone", 4), AdapterConfig("bat", 4)], ids=str)  # fmt: skip
+def test_float64_is_float64_throughout(config: AdapterConfig, load: Callable[..., Rwkv]) -> None:
+    model = disturb(rp.attach_adapter(load(**SIZES), config)).double()
+    assert model(TOKENS)[0].dtype == torch.float64
+    assert difference(model(TOKENS)[0], disturb(rp.attach_adapter(load(**SIZES), config))(TOKENS)[0]) <= 1e-4
+
+
+def test_a_merge_that_overflows_names_the_adapter(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    model = rp.attach_adapter(rp.load_model(model_file(**SIZES)), AdapterConfig(rank=2, targets=("att.key",)))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p.fill_(1e4)
+    rp.save_adapter(model, tmp_path / "a")
+    with pytest.raises(
+        CheckpointError, match=r"a: merged, blocks\.\d\.att\.key\.weight holds NaN or Inf; try --dtype fp32"
+    ):
+        rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth", dtype="fp16")
+    assert not (tmp_path / "m.pth").exists()
+    rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth", dtype="fp32")
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("rwkv_peft.json", "[" * 100_000),
+        ("adapter_config.json", "[" * 100_000),
+        ("adapter_config.json", '{"peft_type": "LORA", "r": 1000000000000000000, "lora_alpha": 1}'),
+    ],
+    ids=["nested", "nested settings", "rank"],
+)
+def test_absurd_settings_in_a_folder(name: str, content: str, load: Callable[..., Rwkv], tmp_path: Path) -> None:
+    rp.save_adapter(rp.attach_adapter(load(**SIZES), AdapterConfig(rank=2)), tmp_path / "a")
+    (tmp_path / "a" / name).write_text(content)
+    with pytest.raises(CheckpointError) as error:
+        rp.load_adapter(load(**SIZES), tmp_path / "a")
+    assert "\n" not in str(error.value)

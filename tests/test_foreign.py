@@ -277,6 +277,8 @@ def test_targets_and_what_needs_defaults(base: Path) -> None:
         "blocks.0.ffn.value", "blocks.1.ffn.key", "blocks.1.ffn.value",
     }  # fmt: skip
     assert len(adapted("peft:OFT")[1]) == 12
+    first = {name for name in adapted("peft:OFT")[1] if name.startswith("blocks.1.")}
+    assert adapted("peft:OFT", layers_to_transform=[1])[1] == adapted("peft:LORA", layers_to_transform=1)[1] == first
     assert adapted("peft:C3A")[0].block_size == 64
     assert adapted("peft:C3A", block_size=32)[0].block_size == 32
     assert adapted("peft:VBLORA")[0].vector_length == 64
@@ -423,6 +425,18 @@ def test_going_on_with_other_settings(base: Path, trained_oft: Path, tmp_path: P
     assert '"peft": "peft:OFT"' in go_on(peft="peft:oft")
 
 
+def test_a_merge_that_fails_changes_nothing(base: Path, tmp_path: Path) -> None:
+    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:LORA", peft_config={"lora_bias": True}))
+    train(model, 2)
+    before = logits_of(model)
+    with pytest.raises(ConfigError, match=r"peft:LORA cannot be merged: .*lora_bias"):
+        merge_adapter(model)
+    assert torch.equal(logits_of(model), before)
+    rp.save_adapter(model, tmp_path / "a")
+    with pytest.raises(ConfigError, match="cannot be merged"):
+        rp.merge(base, tmp_path / "a", tmp_path / "m.pth")
+
+
 # --- errors
 
 
@@ -456,6 +470,10 @@ def refused(message: str, peft: str, *, targets: tuple[str, ...] = (), parts: tu
         refused("init_lora_weights olora changes the base", "peft:LORA", init_lora_weights="olora"),
         refused(r"it adapts blocks\.0\.\S*, which --train-parts is to train", "peft:LN_TUNING", parts=("ln",)),
         refused("it adapts head.weight, which --train-parts", "peft:OFT", parts=("head",), targets=("head",)),
+        refused("not for ADALORA: deltaT 0 must be at least 1", "peft:ADALORA", deltaT=0),
+        refused("alora_invocation_tokens: works only where PEFT", "peft:LORA", alora_invocation_tokens=[1]),
+        refused("trainable_token_indices: .*--train-parts emb", "peft:LORA", trainable_token_indices={"emb": [1]}),
+        refused(r"layers_to_transform \[7\]: the model has no such layer", "peft:OFT", layers_to_transform=[7]),
         refused("--targets nothing: no matrix ends in it", "peft:OFT", targets=("nothing",)),
     ],
 )  # fmt: skip

@@ -355,3 +355,17 @@ def test_a_session_reads_in_pieces(load: Callable[..., Rwkv]) -> None:
         pieces.read(ids[start:end])
     assert whole.logits is not None and pieces.logits is not None
     assert difference(pieces.logits, whole.logits) <= 1e-5
+
+
+@pytest.mark.parametrize("temperature", ["0", "1"])
+def test_numbers_out_of_range_are_said(
+    temperature: str, model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = torch.load(model_file())
+    tensors["head.weight"] *= 1e38
+    torch.save(tensors, tmp_path / "large.pth")
+    flags = ["--prompt", "a", "--temperature", temperature, "--device", "cpu"]
+    assert main(["generate", "--model", str(tmp_path / "large.pth"), *flags]) == 2
+    assert capsys.readouterr().err == (
+        "error: the model's logits are NaN or Inf; try --dtype fp32, or without the adapter or state\n"
+    )

@@ -492,6 +492,7 @@ def test_settings_that_do_not_fit(config: AdapterConfig, message: str, load: Cal
         (["--peft", "bone"], r"--peft bone: .*adapter has lora"),
         (["--alpha", "5"], r"--alpha 5\.0: .*has 16"),
         (["--peft", "full"], "--adapter: not with --peft full"),
+        (["--train-parts", "head"], r"--train-parts: head\.weight has an adapter, by --targets; leave it out"),
     ],
     ids=str,
 )
@@ -503,9 +504,47 @@ def test_going_on_with_other_settings(
     base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
     torch.save(random_model(), base)
     data.write_text(json.dumps({"text": TEXTS[0]}))
-    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig("lora", 8)), tmp_path / "adapter")
+    rp.save_adapter(
+        rp.attach_adapter(rp.load_model(base), AdapterConfig("lora", 8, targets=("head", "key"))), tmp_path / "adapter"
+    )
     argv = ["train", "--model", str(base), "--data", str(data), "--out", str(tmp_path / "out"), "--device", "cpu"]
     assert main([*argv, "--adapter", str(tmp_path / "adapter"), *flags]) == 2
     error = capsys.readouterr().err
     assert re.search(message, error) and error.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_a_state_goes_on_at_the_rate_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As with `--peft state`, which need not be said again."""
+    from rwkv_peft.training import run
+
+    base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
+    torch.save(random_model(), base)
+    data.write_text(json.dumps({"text": TEXTS[0]}))
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig("state")), tmp_path / "state")
+    rates: list[float] = []
+    build = run.build_optimizer
+
+    def spy(model: Rwkv, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = build(model, config)
+        rates.extend(group["lr"] for group in optimizer.param_groups)
+        return optimizer
+
+    monkeypatch.setattr(run, "build_optimizer", spy)
+    for i, settings in enumerate([{"lr": 0.01}, {"lr": 0.01, "peft": "state"}, {}]):
+        config = TrainConfig(
+            base, [data], tmp_path / f"o{i}", adapter=tmp_path / "state", max_steps=1, device="cpu", **settings
+        )
+        rp.train(config, Console(file=io.StringIO()))
+        assert "peft: state" in (tmp_path / f"o{i}" / "config.yaml").read_text()
+    assert rates == [0.01, 0.01, 0.1]
+
+
+def test_an_initial_value_file_needs_an_adapter() -> None:
+    with pytest.raises(ConfigError, match=r"--pissa-init i\.pth: only with --adapter"):
+        TrainConfig(Path("m"), [Path("d")], Path("o"), pissa_init=Path("i.pth")).check()
+
+
+def test_peft_config_means_nothing_to_full_tuning() -> None:
+    assert TrainConfig(Path("m"), [], Path("o"), peft="full", peft_config="{}").without_effect() == ["--peft-config"]
+    assert TrainConfig(Path("m"), [], Path("o"), peft="peft:OFT", peft_config="{}").without_effect() == []

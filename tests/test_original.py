@@ -470,3 +470,28 @@ def test_an_adapter_of_another_base_is_refused(method: str, tmp_path: Path) -> N
     with pytest.raises(CheckpointError, match="name its own base"):
         rp.merge(tmp_path / "base.pth", path, tmp_path / "out.pth", alpha=alpha_of(method))
     assert not (tmp_path / "out.pth").exists()
+
+
+@pytest.mark.parametrize(("name", "lacks"), [("att.time_state", "blocks.1.att.time_state"), ("att.shift_state", "ffn")])
+def test_a_state_without_some_layers_is_refused(name: str, lacks: str, tmp_path: Path) -> None:
+    tensors = random_model("x060")
+    torch.save(tensors, tmp_path / "base.pth")
+    shape = (2, 32, 32) if "time" in name else (64,)
+    torch.save({f"blocks.0.{name}": torch.randn(shape)}, tmp_path / "s.pth")
+    for use in (
+        lambda: rp.merge(tmp_path / "base.pth", tmp_path / "s.pth", tmp_path / "m.pth"),
+        lambda: rp.load_adapter(rp.load_model(tmp_path / "base.pth"), tmp_path / "s.pth"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{lacks}.* is missing"):
+            use()
+
+
+@pytest.mark.parametrize("option", [{"alpha": 8.0}, {"pissa_init": "nowhere.pth"}], ids=str)
+def test_options_that_the_file_has_no_use_for(option: dict[str, Any], tmp_path: Path) -> None:
+    torch.save(random_model("x070"), tmp_path / "base.pth")
+    torch.save({f"blocks.{i}.att.key.bone": torch.randn(4, 64) for i in (0, 1)}, tmp_path / "bone.pth")
+    with pytest.raises(
+        ConfigError, match=r"--(alpha 8: only a LoRA|pissa-init nowhere.pth: only a PiSSA) has it; leave"
+    ):
+        rp.merge(tmp_path / "base.pth", tmp_path / "bone.pth", tmp_path / "m.pth", **option)
+    assert not (tmp_path / "m.pth").exists()

@@ -48,16 +48,31 @@ def make_config(model: nn.Module, config: AdapterConfig, targets: Sequence[str])
         why = UNFIT.get(method, PROMPTS) if method in kinds else "PEFT has no such method"
         raise ConfigError(f"--peft {config.peft}: {why}; allowed are {' '.join(fit)}{hint(method, fit)}")
     check_settings(method, kinds[method], config.peft_config)
-    names = list(targets)
-    if config.peft_config.get("layers_to_transform") is not None:  # PEFT does not ask it of whole names
-        names = sorted({".".join(name.split(".")[-2:]) for name in targets})
-    chosen = {"target_modules": names, **defaults(method, model, config, targets), **config.peft_config}
+    chosen = {
+        "target_modules": list(targets), **defaults(method, model, config, targets), **without_layers(config, targets),
+    }  # fmt: skip
     try:
         made = kinds[method](**chosen)
         check_made(method, made)
     except (ImportError, TypeError, ValueError) as error:
         raise ConfigError(f"--peft-config: not for {method}: {first_line(error)}") from error
     return made
+
+
+def without_layers(config: AdapterConfig, targets: Sequence[str]) -> dict[str, Any]:
+    """The settings, with whole names for `layers_to_transform`, which PEFT does not find in names like ours.
+
+    Raises ConfigError if it leaves no matrix.
+    """
+    layers = config.peft_config.get("layers_to_transform")
+    if layers is None or "target_modules" in config.peft_config:
+        return config.peft_config
+    numbers = {str(number) for number in (layers if isinstance(layers, list) else [layers])}
+    names = [name for name in targets if name.startswith("blocks.") and name.split(".")[1] in numbers]
+    if not names:
+        raise ConfigError(f"--peft-config layers_to_transform {layers}: the model has no such layer")
+    kept = {k: v for k, v in config.peft_config.items() if k not in ("layers_to_transform", "layers_pattern")}
+    return {**kept, "target_modules": names}
 
 
 def check_made(method: str, made: Any) -> None:
