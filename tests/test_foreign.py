@@ -176,6 +176,7 @@ def test_a_bf16_model_computes_in_bf16_and_trains_in_float32(trained: Trained, b
     model = rp.load_adapter(rp.load_model(base, "bf16"), trained.folder)
     frozen = {name: p.clone() for name, p in model.named_parameters() if not p.requires_grad}
     assert {model.get_parameter(name).dtype for name in trained_names(model)} == {torch.float32}
+    assert trained_names(model) == trained_names(trained.model)
     seen = set()
     for layer in foreign.layers(model).values():
         layer.register_forward_hook(lambda module, inputs, output: seen.add(output.dtype))

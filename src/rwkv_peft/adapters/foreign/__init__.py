@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from .attaching import attach
 from .config import config_of
+from .loading import load
 from .merging import merge, merged_tensors, unmerge
-from .saving import load, settings, tensors
+from .saving import settings, tensors
 from .side import is_merged, layers, of, parameters
 from .single import extra_loss, follow
 

@@ -12,6 +12,7 @@ from ...checkpoint import first_line
 from ...config import AdapterConfig
 from ...errors import ConfigError
 from .config import library, make_config
+from .saving import tensors
 from .side import Foreign, layers, of
 from .single import prepare
 
@@ -58,6 +59,11 @@ def finish(model: nn.Module, weights: Weights, beside: Iterable[str]) -> None:
         layer.register_forward_hook(same_dtype)
     model.train(model.training)
     parameters = dict(model.named_parameters())
+    saved = {tensor.data_ptr() for tensor in tensors(model).values()}
+    for (
+        parameter
+    ) in parameters.values():  # PEFT lets AdaLoRA's number of ranks train in a bf16 model, and not in others
+        parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
     found.trained = {name for name, p in parameters.items() if p.requires_grad}
     starts = tuple(f"{name}." for name in own)
     more = sorted(name for name in found.trained if not name.startswith(starts) or ".base_layer." in name)
