@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -45,25 +46,17 @@ def attach(model: nn.Module, config: AdapterConfig, targets: Sequence[str], besi
 
 
 def finish(model: nn.Module, weights: Weights, beside: Iterable[str]) -> None:
-    """Keep the adapter in float32, and its results in the dtype of its inputs, whatever the base's.
+    """Let the adapter alone train, in float32.
 
-    Raises ValueError if more trains than the adapter, or the base is not what and where it was.
+    Raises ValueError if more would train, or the base is not what and where it was.
     """
     own, found = layers(model), of(model)
     assert found is not None
     for layer in own.values():
-        base = {id(tensor) for tensor in own_tensors(layer.get_base_layer())}
-        for tensor in own_tensors(layer):
-            if id(tensor) not in base and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
-                tensor.data = tensor.data.float()
-        layer.register_forward_hook(same_dtype)
+        keep_in_float32(layer)
     model.train(model.training)
+    freeze_what_is_not_saved(model)
     parameters = dict(model.named_parameters())
-    saved = {tensor.data_ptr() for tensor in tensors(model).values()}
-    for (
-        parameter
-    ) in parameters.values():  # PEFT lets AdaLoRA's number of ranks train in a bf16 model, and not in others
-        parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
     found.trained = {name for name, p in parameters.items() if p.requires_grad}
     starts = tuple(f"{name}." for name in own)
     more = sorted(name for name in found.trained if not name.startswith(starts) or ".base_layer." in name)
@@ -77,6 +70,22 @@ def finish(model: nn.Module, weights: Weights, beside: Iterable[str]) -> None:
         if parameter._version != version or not (rounded or parameter.data_ptr() == data.data_ptr()):
             raise ValueError("it changes weights of the base, which an adapter folder does not hold")
         parameter.data = data
+
+
+def keep_in_float32(layer: Any) -> None:
+    """Keep what is the layer's own in float32, and its results in the dtype of its inputs, whatever the base's."""
+    base = {id(tensor) for tensor in own_tensors(layer.get_base_layer())}
+    for tensor in own_tensors(layer):
+        if id(tensor) not in base and tensor.is_floating_point() and tensor.dtype.itemsize < 4:
+            tensor.data = tensor.data.float()
+    layer.register_forward_hook(same_dtype)
+
+
+def freeze_what_is_not_saved(model: nn.Module) -> None:
+    """Let nothing train that PEFT does not save, such as AdaLoRA's number of ranks, which it lets train in bf16 alone."""
+    saved = {tensor.data_ptr() for tensor in tensors(model).values()}
+    for parameter in model.parameters():
+        parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
 
 
 def same_dtype(module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor:
