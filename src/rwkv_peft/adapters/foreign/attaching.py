@@ -82,7 +82,7 @@ def keep_in_float32(layer: Any) -> None:
 
 
 def freeze_what_is_not_saved(model: nn.Module) -> None:
-    """Let nothing train that PEFT does not save, such as AdaLoRA's number of ranks, which it lets train in bf16 alone."""
+    """Let nothing train that PEFT does not save, e.g. AdaLoRA's number of ranks, which trains there in bf16 alone."""
     saved = {tensor.data_ptr() for tensor in tensors(model).values()}
     for parameter in model.parameters():
         parameter.requires_grad_(parameter.requires_grad and parameter.data_ptr() in saved)
