@@ -312,6 +312,8 @@ ERRORS = [
     ("--lora_config '{\"lora_alpha\":0}'", "--lora_config lora_alpha 0.0: must be above 0"),
     ("--proj_dir ''", "--proj_dir"),
     ("--proj_dir " + "a/" * 30 + "a" * 300, "a.*File name too long"),
+    ("--data_file " + "a" * 300, "a+: File name too long; check the path$"),
+    ("--load_model " + "a" * 300 + ".pth", "a+.pth: .*File name too long"),
     ("--sft_field nope response", ".*no field 'nope'"),
     ("--ctx_len 1", ".*--ctx_len 1 .*--overlong.* .--overlong: of today's line, docs/migration.md.$"),
     ("--lod_model m.pth", "--lod_model: no flag of the original; did you mean --load_model?"),
