@@ -373,19 +373,21 @@ def test_an_adalora_whose_ranks_peft_left_out(base: Path, tmp_path: Path) -> Non
     assert torch.equal(logits_of(rp.load_adapter(rp.load_model(base), tmp_path / "b")), logits_of(ours))
 
 
-@pytest.mark.parametrize(("total", "given"), [(5, None), (100, 5)], ids=["the run's steps", "its own"])
-def test_adalora_needs_steps_between_its_first_and_its_last(total: int, given: int | None, base: Path) -> None:
-    settings = ADALORA | ({} if given is None else {"total_step": 6, "tinit": 3, "tfinal": 2})
-    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:ADALORA", peft_config=settings))
+def test_adalora_needs_steps_between_its_first_and_its_last(base: Path) -> None:
+    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:ADALORA", peft_config=ADALORA))
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1)
-    if given is None:
-        with pytest.raises(ConfigError, match="--peft-config: tinit 2 and tfinal 3 must leave some of 5 steps"):
-            foreign.follow(model, optimizer, total)
-    else:
-        foreign.follow(model, optimizer, total)
-        found = foreign.of(model)
-        assert found is not None
-        assert found.config.total_step == 6
+    with pytest.raises(ConfigError, match="--peft-config: tinit 2 and tfinal 3 must leave some of 5 steps"):
+        foreign.follow(model, optimizer, 5)
+    foreign.follow(model, optimizer, 6)
+
+
+def test_adalora_keeps_the_steps_that_it_was_given(base: Path) -> None:
+    settings = ADALORA | {"total_step": 6, "tinit": 3, "tfinal": 2}
+    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("peft:ADALORA", peft_config=settings))
+    foreign.follow(model, torch.optim.SGD([p for p in model.parameters() if p.requires_grad], 0.1), 100)
+    found = foreign.of(model)
+    assert found is not None
+    assert found.config.total_step == 6
 
 
 def test_a_run(base: Path, tmp_path: Path) -> None:
@@ -598,10 +600,16 @@ def test_a_psoft_folder_of_peft_itself(base: Path, tmp_path: Path) -> None:
     assert difference(logits_of(rp.load_adapter(rp.load_model(base), tmp_path / "a")), logits_of(theirs)) <= 1e-6
 
 
-def test_it_must_be_the_only_adapter(base: Path, trained_oft: Path) -> None:
-    model = rp.load_adapter(rp.load_model(base), trained_oft)
+@pytest.mark.parametrize("second", ["oft", "lora"])
+@pytest.mark.parametrize("first", ["oft", "lora"])
+def test_it_must_be_the_only_adapter(first: str, second: str, base: Path, trained_oft: Path, tmp_path: Path) -> None:
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig(rank=2)), tmp_path / "lora")
+    model = rp.load_adapter(rp.load_model(base), tmp_path / first)
+    if first == second == "lora":
+        rp.load_adapter(model, tmp_path / second)
+        return
     with pytest.raises(ConfigError, match="the only one"):
-        rp.load_adapter(model, trained_oft)
+        rp.load_adapter(model, tmp_path / second)
 
 
 def test_a_folder_of_peft_itself(base: Path, tmp_path: Path) -> None:

@@ -545,6 +545,89 @@ def test_an_initial_value_file_needs_an_adapter() -> None:
         TrainConfig(Path("m"), [Path("d")], Path("o"), pissa_init=Path("i.pth")).check()
 
 
-def test_peft_config_means_nothing_to_full_tuning() -> None:
-    assert TrainConfig(Path("m"), [], Path("o"), peft="full", peft_config="{}").without_effect() == ["--peft-config"]
-    assert TrainConfig(Path("m"), [], Path("o"), peft="peft:OFT", peft_config="{}").without_effect() == []
+@pytest.mark.parametrize(
+    ("settings", "lines"),
+    [
+        ({}, []),
+        ({"peft": "full", "peft_config": "{}", "rank": 3}, ["--peft-config --rank: no effect with --peft full"]),
+        ({"peft": "full", "train_parts": ("state", "emb")}, ["--train-parts emb: no effect with --peft full"]),
+        ({"peft": "peft:OFT", "peft_config": "{}", "targets": "key"}, []),
+        ({"epochs": 2, "max_steps": 5}, ["--epochs: no effect with --max-steps"]),
+        ({"wsd_decay": 0.3, "schedule": "linear"}, ["--wsd-decay: no effect with --schedule linear"]),
+        ({"lr": 1.0, "lr_final": 0.5, "schedule": "constant"}, ["--lr-final: no effect with --schedule constant"]),
+        ({"lr": 1.0, "lr_final": 1.0, "schedule": "constant"}, []),
+        ({"optim": "adafactor", "betas": (0.1, 0.2)}, ["--betas: no effect with --optim adafactor"]),
+        ({"lr_state": 0.3}, ["--lr-state: no effect where no state trains"]),
+        ({"lr_state": 0.3, "train_parts": "shift"}, []),
+        ({"peft": "pissa", "svd_iterations": 0, "adapter": Path("a")}, ["--svd-iterations: no effect with --adapter"]),
+    ],
+    ids=str,
+)
+def test_settings_without_effect(settings: dict[str, Any], lines: list[str]) -> None:
+    config = TrainConfig(Path("m"), [], Path("o"), **settings)
+    assert config.without_effect() == lines
+    if not lines:
+        assert config.resolved().without_effect() == []  # as the run's config.yaml has it
+
+
+@pytest.mark.parametrize(
+    ("peft", "parts", "rates"),
+    [("state", ("ln",), {0.0002, 0.1}), ("state", (), {0.1}), ("lora", ("state",), {0.0002, 0.1})],
+    ids=["state and ln", "state", "lora and state"],
+)
+def test_each_part_goes_on_at_its_own_rate(
+    peft: str, parts: tuple[str, ...], rates: set[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rwkv_peft.training import run
+
+    base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
+    torch.save(random_model(), base)
+    data.write_text(json.dumps({"text": TEXTS[0]}))
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig(peft, 4), parts), tmp_path / "a")
+    found: set[float] = set()
+    build = run.build_optimizer
+
+    def spy(model: Rwkv, config: TrainConfig) -> torch.optim.Optimizer:
+        optimizer = build(model, config)
+        found.update(group["lr"] for group in optimizer.param_groups)
+        return optimizer
+
+    monkeypatch.setattr(run, "build_optimizer", spy)
+    rp.train(
+        TrainConfig(base, [data], tmp_path / "o", adapter=tmp_path / "a", max_steps=1, device="cpu"),
+        Console(file=io.StringIO()),
+    )
+    assert found == rates
+
+
+def test_an_adapter_loaded_in_python_trains_on_with_its_parts(tmp_path: Path) -> None:
+    base = tmp_path / "base.pth"
+    torch.save(random_model(), base)
+    model = rp.attach_adapter(rp.load_model(base), AdapterConfig("bone", 4), ("ln", "state", "head"))
+    rp.save_adapter(model, tmp_path / "a")
+    again = rp.load_adapter(rp.load_model(base), tmp_path / "a")
+    assert {n for n, p in again.named_parameters() if p.requires_grad} == {
+        n for n, p in model.named_parameters() if p.requires_grad
+    }
+
+
+def test_the_default_scale_of_a_rank_stabilised_lora() -> None:
+    assert AdapterConfig(rank=16).scale == 2
+    assert AdapterConfig(rank=16, rank_stabilised=True).scale == 32 / 4
+    assert AdapterConfig("pissa", rank=16).scale == 1
+
+
+@pytest.mark.parametrize(("targets", "same"), [("key", True), (("att.key", "ffn.key"), True), ("att.key", False)])
+def test_the_same_targets_again_are_no_contradiction(targets: Any, same: bool, tmp_path: Path) -> None:
+    base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
+    torch.save(random_model(), base)
+    data.write_text(json.dumps({"text": TEXTS[0]}))
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig(targets="key")), tmp_path / "a")
+    config = TrainConfig(
+        base, [data], tmp_path / "o", adapter=tmp_path / "a", targets=targets, max_steps=1, device="cpu"
+    )
+    if same:
+        rp.train(config, Console(file=io.StringIO()))
+    else:
+        with pytest.raises(ConfigError, match=r"--targets att\.key: .* has its own; leave it out"):
+            rp.train(config, Console(file=io.StringIO()))

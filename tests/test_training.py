@@ -22,7 +22,8 @@ from torch import Tensor
 
 import rwkv_peft as rp
 from conftest import difference, random_rwkv7
-from rwkv_peft.adapters.folder import read_adapter
+from rwkv_peft.adapters import read_adapter
+from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.data.masking import Encoded
@@ -468,3 +469,25 @@ def test_a_run_in_a_thread(config: TrainConfig) -> None:
     thread.start()
     thread.join()
     assert results[0].steps == 3
+
+
+@pytest.mark.parametrize("broken", ["picture", "third step"])
+def test_what_was_trained_is_kept_whatever_breaks(
+    broken: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any) -> None:
+        raise MemoryError("no more")
+
+    def batches(data: Dataset, step: int, *settings: Any) -> list[Batch]:
+        return fail() if step == 2 else step_batches(data, step, *settings)  # type: ignore[func-returns-value]
+
+    if broken == "picture":
+        monkeypatch.setattr("rwkv_peft.training.metrics.draw_losses", fail)
+    else:
+        monkeypatch.setattr(loop, "step_batches", batches)
+    with pytest.raises(MemoryError, match="no more"):
+        run(config, max_steps=4)
+    model = rp.load_adapter(rp.load_model(config.model), config.out / "adapter")
+    assert any(bool(layer.lora_B.weight.any()) for layer in model.modules() if isinstance(layer, LoraLinear))
+    if broken != "picture":
+        assert "broken off after 2 steps" in (config.out / "log.txt").read_text()

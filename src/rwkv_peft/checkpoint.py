@@ -77,7 +77,7 @@ def check_finite(path: Path | str, name: str, tensor: Tensor) -> None:
 
 
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A name for these weights that file form and number format do not change: 16 hex digits.
+    """A name for these weights that file form does not change, nor whether they are bf16 or fp32: 16 hex digits.
 
     Taken from the names, the shapes and 64 values of each tensor, rounded to bf16.
     """

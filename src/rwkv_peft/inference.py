@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from .adapters import load_adapter
-from .adapters.folder import check_options
+from .adapters import attach_saved, read_adapters
 from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .errors import RwkvPeftError
@@ -93,7 +92,7 @@ def generate(
     Arguments:
         temperature: 0 takes the likeliest token. top_p: share of the probability that is considered, above 0 to 1.
         stop: texts that end the continuation and are left out; the end token always ends it.
-        state: where to begin, e.g. a trained state; zeros if None. It is not changed.
+        state: where to begin; the model's own learned state, or zeros, if None. It is not changed.
 
     Raises ConfigError if a number is out of range.
     """
@@ -144,10 +143,9 @@ def open_session(config: InferenceConfig) -> Session:
     """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
     config.sampling.check()
     model = load_model(config.model, config.dtype, config.device, config.op)
-    check_options(config.adapter, config.alpha, config.pissa_init)
-    for adapter in config.adapter:
-        options = (config.alpha, config.pissa_init) if adapter.is_file() else ()
-        load_adapter(model, adapter, *options)
+    adapters = read_adapters(config.adapter, config.alpha, config.pissa_init)
+    for path, saved in zip(config.adapter, adapters, strict=True):
+        attach_saved(model, saved, path)
     tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
     if config.state is None:
         return Session(model, tokenizer)

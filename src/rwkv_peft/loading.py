@@ -9,10 +9,10 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from .adapters.state_tuning import STATES, add_shift, add_state
+from .adapters.state_tuning import add_shift, add_state
 from .checkpoint import DTYPES, check_finite, fingerprint, read_tensors
 from .errors import CheckpointError, ConfigError
-from .models import Rwkv, Sizes, find_version
+from .models import STATES, Rwkv, Sizes, find_version
 from .ops import choose_backend
 
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from .attach import ADAPTERS, attach_adapter, merge_adapter, unmerge_adapter
 from .base import AdaptedLinear
-from .folder import load_adapter, read_adapter, save_adapter
+from .folder import attach_saved, load_adapter, save_adapter
 from .foreign import extra_loss, follow
+from .reading import read_adapter, read_adapters
 from .saved import SavedAdapter
 
 __all__ = [
-    "ADAPTERS", "AdaptedLinear", "SavedAdapter", "attach_adapter", "extra_loss", "follow", "load_adapter",
-    "merge_adapter", "read_adapter", "save_adapter", "unmerge_adapter",
+    "ADAPTERS", "AdaptedLinear", "SavedAdapter", "attach_adapter", "attach_saved", "extra_loss", "follow",
+    "load_adapter", "merge_adapter", "read_adapter", "read_adapters", "save_adapter", "unmerge_adapter",
 ]  # fmt: skip

@@ -38,8 +38,9 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     for part in parts:
         check_part(part)
     names = [name for part in parts if part not in LEARNED for name in part_names(model, part)]
-    check_apart({f"{target}.weight" for target in targets}, names if config.peft in ADAPTERS else ())
-    for name in targets if config.peft in ADAPTERS else ():
+    own = targets if config.peft in ADAPTERS else []
+    check_apart({f"{target}.weight" for target in own}, names)
+    for name in own:
         outputs, inputs = model.get_parameter(f"{name}.weight").shape
         ADAPTERS[config.peft].check(config, inputs, outputs)
     if config.peft.startswith(FOREIGN):
@@ -47,7 +48,7 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     add_parts(model, parts)
     names += [name for part in parts if part in LEARNED for name in part_names(model, part)]
     freeze(model)
-    for layer in wrap(model, config, targets) if config.peft in ADAPTERS else ():
+    for layer in wrap(model, config, own):
         layer.reset()
     make_trainable(model, [*names, *foreign.parameters(model)])
     model.adapter_config = config  # type: ignore[assignment]
@@ -123,6 +124,11 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge_adapter(model)
 
 
+def ends_in(name: str, targets: Iterable[str]) -> bool:
+    """Whether a matrix's name ends, at a dot, in one of `targets`."""
+    return any(f".{name}".endswith(f".{target}") for target in targets)
+
+
 def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
     """Names of the matrices that end in one of `targets`, at a dot; all of att and ffn if there is none.
 
@@ -133,7 +139,7 @@ def find_targets(model: nn.Module, targets: Iterable[str]) -> list[str]:
         return [name for name in linears if name.split(".")[-2:-1] in (["att"], ["ffn"])]
     found = set()
     for target in targets:
-        matches = {name for name in linears if f".{name}".endswith(f".{target}")}
+        matches = {name for name in linears if ends_in(name, [target])}
         if not matches:
             kinds = sorted({".".join(name.split(".")[-2:]) for name in linears})
             raise ConfigError(f"--targets {target}: no matrix ends in it; allowed are {' '.join(kinds)}")

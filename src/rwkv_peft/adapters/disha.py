@@ -57,7 +57,6 @@ class BoneLinear(AdaptedLinear):
     @classmethod
     def reads(cls, settings: Mapping[str, Any]) -> bool:
         is_bone = settings.get("init_weights", True) in (True, False)  # else PEFT's own bat, or its mini
-        is_bone = settings.get("init_weights", True) in (True, False)  # else PEFT's own bat, or its mini
         return super().reads(settings) and is_bone
 
     @staticmethod

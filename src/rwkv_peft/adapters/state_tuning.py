@@ -7,8 +7,6 @@ from torch import nn
 
 from ..models import Rwkv
 
-STATES = (".time_state", ".shift_state")  # ends of the names of learned states
-
 
 def add_state(model: nn.Module) -> None:
     """Give each layer an initial wkv state to learn, `time_state` (H,N,N) float32, from zero; those there are kept."""

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from .adapter import ALIASES, FOREIGN, MEANT_FOR, METHODS, TRAIN_PARTS, AdapterConfig, check_method, check_part
 from .common import ADVANCED, ESCAPES, Dtype, OnBadLine, Op, Overlong, TokenizerName, at_least, flag_of, words
-from .train import LR_STATE, TrainConfig
+from .train import LR, LR_STATE, TrainConfig
 from .use import ChatConfig, DemoConfig, GenerateConfig, InferenceConfig, MergeConfig, SamplingConfig
 
 __all__ = [
-    "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR_STATE", "MEANT_FOR", "METHODS", "TRAIN_PARTS", "AdapterConfig",
-    "ChatConfig", "DemoConfig", "Dtype", "GenerateConfig", "InferenceConfig", "MergeConfig", "OnBadLine", "Op",
-    "Overlong", "SamplingConfig", "TokenizerName", "TrainConfig", "at_least", "check_method", "check_part", "flag_of",
-    "words",
+    "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "TRAIN_PARTS",
+    "AdapterConfig", "ChatConfig", "DemoConfig", "Dtype", "GenerateConfig", "InferenceConfig", "MergeConfig",
+    "OnBadLine", "Op", "Overlong", "SamplingConfig", "TokenizerName", "TrainConfig", "at_least", "check_method",
+    "check_part", "flag_of", "words",
 ]  # fmt: skip

@@ -35,7 +35,7 @@ class AdapterConfig:
     """What `attach_adapter` adds to a model."""
 
     peft: str = "lora"
-    """Method: lora, pissa, bone (= miss), bat, state, or `peft:METHOD` for any other of Hugging Face PEFT."""
+    """Method: lora, pissa, bone (= miss), bat, state, or `peft:METHOD` for most others of Hugging Face PEFT."""
     rank: int = 32
     """Inner dimension of each adapter; bone and bat: width of a block."""
     alpha: float | None = None
@@ -60,9 +60,8 @@ class AdapterConfig:
     @property
     def scale(self) -> float:
         """What a LoRA's product is multiplied by."""
-        if self.alpha is None:
-            return 1.0 if self.peft == "pissa" else 2.0
-        return self.alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
+        alpha = self.alpha if self.alpha is not None else self.rank if self.peft == "pissa" else 2 * self.rank
+        return alpha / (math.sqrt(self.rank) if self.rank_stabilised else self.rank)
 
     def check(self) -> None:
         """Raise `ConfigError` where a value is out of range, or means nothing for the method."""

@@ -10,7 +10,7 @@ from ..errors import ConfigError
 from .adapter import FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, method_name, read_peft_config
 from .common import ADVANCED, OnBadLine, Op, Overlong, TokenizerName, at_least, flag_of, words
 
-LR_STATE = 0.1
+LR, LR_FULL, LR_STATE = 2e-4, 2e-5, 0.1  # peak learning rates where none is given
 
 
 @dataclass
@@ -24,7 +24,7 @@ class TrainConfig:
     out: Path
     """Folder of this run; must be new or empty."""
     peft: str = "lora"
-    """Method: lora, pissa, bone (= miss), bat, state, full, or `peft:METHOD` for any other of Hugging Face PEFT."""
+    """Method: lora, pissa, bone (= miss), bat, state, full, or `peft:METHOD` for most others of Hugging Face PEFT."""
     rank: int = 32
     """Inner dimension of each adapter; bone and bat: width of a block."""
     alpha: float | None = None
@@ -65,7 +65,7 @@ class TrainConfig:
     grad_accum: int = 1
     """Micro-batches added up before a step."""
     epochs: float = 1.0
-    """Passes over the data; --max-steps ends the run earlier."""
+    """Passes over the data; --max-steps takes their place."""
     max_steps: int | None = None
     """Optimiser steps, however many epochs they take. [as --epochs says]"""
     lr: float | None = None
@@ -118,7 +118,7 @@ class TrainConfig:
         is_state, is_full = self.peft == "state", self.peft == "full"
         lr_state = self.lr_state or (self.lr if is_state and self.lr else LR_STATE)
         states_only = is_state and not {"time", "ln", "emb", "head"} & set(self.parts())
-        lr = self.lr or (lr_state if states_only else 2e-5 if is_full else 2e-4)
+        lr = self.lr or (lr_state if states_only else LR_FULL if is_full else LR)
         return replace(
             self,
             train_parts=self.parts() or ("none",),
@@ -173,18 +173,27 @@ class TrainConfig:
             raise ConfigError("--peft-config: not with --adapter, which has its own; leave it out")
 
     def without_effect(self) -> list[str]:
-        """Flags of settings that were changed, but mean nothing for the method."""
-        changed = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
-        foreign = self.peft.startswith(FOREIGN)
-        idle = [
-            flag_of(name)
-            for name, methods in MEANT_FOR.items()
-            if name in changed and self.peft not in methods and not (foreign and name in ("targets", "peft_config"))
+        """A line for each reason why settings that were given mean nothing. Call it before `resolved`."""
+        given = {f.name for f in fields(self) if getattr(self, f.name) != f.default}
+        of_others = {name for name, methods in MEANT_FOR.items() if self.peft not in methods}
+        if self.peft.startswith(FOREIGN):
+            of_others -= {"targets", "peft_config"}
+        has_state = self.peft == "state" or self.adapter is not None or bool({"state", "shift"} & set(self.parts()))
+        is_usual = self.lr_final in (self.lr, None if self.lr is None else self.lr / 10)  # as `resolved` makes it
+        rules: list[tuple[bool, set[str], str]] = [
+            (True, of_others, f"with --peft {self.peft}"),
+            (self.adapter is not None, {"svd_iterations"}, "with --adapter"),
+            (self.max_steps is not None, {"epochs"}, "with --max-steps"),
+            (self.schedule != "wsd", {"wsd_decay"}, f"with --schedule {self.schedule}"),
+            (self.schedule == "constant" and not is_usual, {"lr_final"}, "with --schedule constant"),
+            (self.optim == "adafactor", {"betas", "adam_eps"}, "with --optim adafactor"),
+            (not has_state and self.lr_state != LR_STATE, {"lr_state"}, "where no state trains"),
         ]
-        if self.adapter is not None and self.svd_iterations != 4:
-            idle.append("--svd-iterations")
-        beside = {"time", "ln", "emb", "head"} & set(self.train_parts)  # full trains these anyway
-        return [*idle, "--train-parts"] if beside and self.peft == "full" else idle
+        idle = [(sorted(map(flag_of, names & given)), why) for applies, names, why in rules if applies]
+        parts = [part for part in self.train_parts if part in ("time", "ln", "emb", "head")]
+        if self.peft == "full" and parts:
+            idle.append((["--train-parts", *parts], "with --peft full"))
+        return [f"{' '.join(flags)}: no effect {why}" for flags, why in idle if flags]
 
     def parts(self) -> tuple[str, ...]:
         """The trainable parts asked for, with the default and `none` resolved. Raises `ConfigError` on an unknown."""

@@ -66,7 +66,7 @@ class InferenceConfig:
     adapter: tuple[Path, ...] = ()
     """Adapter folder trained on that model, or an adapter `.pth` of the original program; several add up."""
     state: Path | None = None
-    """State file to begin with, e.g. `state.pth` of a state tuning. [the adapter's, or none]"""
+    """State file to begin with, e.g. `state.pth` of a state tuning. [the adapter's or the model's own, or none]"""
     alpha: float | None = None
     """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
     pissa_init: Path | None = None

@@ -8,12 +8,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..adapters import ADAPTERS, SavedAdapter, foreign, load_adapter, read_adapter
-from ..adapters.folder import check_fit, check_options
+from ..adapters import ADAPTERS, SavedAdapter, attach_saved, foreign, read_adapters
+from ..adapters.reading import check_fit
 from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, read_tensors, write_tensors
 from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..loading import check_model, load_model
+from ..models import Sizes
 
 Paths = Path | str | Sequence[Path | str]
 
@@ -45,15 +46,14 @@ def merge(
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or give --overwrite")
     base = read_tensors(base_path)
-    check_model(base_path, base)
+    _, sizes = check_model(base_path, base)
     paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
-    check_options(paths, alpha, pissa_init)
-    adapters = [(p, read_adapter(p, alpha, pissa_init) if Path(p).is_file() else read_adapter(p)) for p in paths]
-    foreigners = [path for path, saved in adapters if saved.config and saved.config.peft.startswith(FOREIGN)]
+    adapters = list(zip(paths, read_adapters(paths, alpha, pissa_init), strict=True))
+    foreigners = [pair for pair in adapters if pair[1].config and pair[1].config.peft.startswith(FOREIGN)]
     if foreigners:
-        merged = merge_foreign(base_path, base, foreigners[0], alone=len(paths) == 1)
+        merged = merge_foreign(base_path, base, *foreigners[0], alone=len(paths) == 1)
     else:
-        merged = merge_tensors(base, adapters)
+        merged = merge_tensors(base, adapters, sizes)
     for name, tensor in merged.items():
         own = base[name].dtype if name in base else tensor.dtype
         merged[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
@@ -65,7 +65,9 @@ def merge(
     return out
 
 
-def merge_tensors(base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]]) -> dict[str, Tensor]:
+def merge_tensors(
+    base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]], sizes: Sizes
+) -> dict[str, Tensor]:
     """The base's tensors under their names; those that an adapter changes are new and float32.
 
     Raises CheckpointError if an adapter was trained on another base.
@@ -75,7 +77,7 @@ def merge_tensors(base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, 
     for path, adapter in adapters:
         if adapter.base and adapter.base != fingerprint(base):
             raise CheckpointError(f"{path}: was trained on a base with other weights than this one; name that base")
-        check_fit(path, adapter, shapes)
+        check_fit(path, adapter, shapes, sizes)
         for name, tensor in changed_tensors(base, adapter).items():
             if name not in merged or merged[name] is base.get(name):
                 merged[name] = tensor
@@ -96,10 +98,11 @@ def changed_tensors(base: dict[str, Tensor], adapter: SavedAdapter) -> dict[str,
 
 
 def merge_foreign(
-    base_path: Path | str, base: dict[str, Tensor], adapter: Path | str, alone: bool
+    base_path: Path | str, base: dict[str, Tensor], path: Path | str, adapter: SavedAdapter, alone: bool
 ) -> dict[str, Tensor]:
     """As `merge_tensors`, for an adapter that only PEFT can merge."""
     if not alone:
-        raise ConfigError(f"{adapter}: an adapter of PEFT's merges alone; merge one after the other")
-    model = load_adapter(load_model(base_path), adapter)
+        raise ConfigError(f"{path}: an adapter of PEFT's merges alone; merge one after the other")
+    model = load_model(base_path)
+    attach_saved(model, adapter, path)
     return base | foreign.merged_tensors(model)

@@ -8,7 +8,7 @@ import torch
 
 from ..checkpoint import check_finite, read_tensors, write_tensors
 from ..errors import CheckpointError, ConfigError
-from ..models import SHIFT, WKV, ModelState, Rwkv
+from ..models import SHIFT, STATES, WKV, ModelState, Rwkv
 
 
 def save_state(state: ModelState, path: Path | str) -> None:
@@ -24,8 +24,10 @@ def save_state(state: ModelState, path: Path | str) -> None:
 
 def load_state(path: Path | str) -> ModelState:
     """The state in a file, for a batch of one, float32, on the CPU. Raises CheckpointError if it holds no state."""
-    found = {name: t for name, t in read_tensors(path).items() if name.endswith((".time_state", ".shift_state"))}
-    layers = sum(name.endswith(".time_state") for name in found)
+    found = {name: t for name, t in read_tensors(path).items() if name.endswith(STATES)}
+    layers = sum(name.endswith(STATES[0]) for name in found)
+    if found and not layers:
+        raise CheckpointError(f"{path}: holds token shifts alone; use it with its folder, as --adapter")
     try:
         wkv = torch.stack([found[WKV.format(i)].float() for i in range(layers)])[:, None]
         if wkv.ndim != 5 or wkv.shape[-1] != wkv.shape[-2]:

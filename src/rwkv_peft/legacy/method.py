@@ -101,6 +101,10 @@ def own_method(old: Old, peft: str) -> Values:
     for flag in dict.fromkeys((*KEYS, "peft_config", *FLAT["lora"], *FLAT["pissa"])):
         if flag in old and flag != used and flag not in flat and old[flag] is not None:  # which checks its form
             old.note(flag, f"no effect with --peft {'none' if peft == 'full' else peft}")
+    if "adapter" in values:  # which has its own, where the line says nothing; but no alpha, as a `.pth`
+        given = {KEYS[used][key] for key in old.said(used)} | {setting for flag, setting in flat.items() if flag in old}
+        given |= {"peft", "adapter", *(["alpha"] if values["adapter"].endswith(".pth") else [])}
+        values = {name: value for name, value in values.items() if name in given}
     if "lora_parts" in old or (old["lora"] and "adapter" not in values):
         values |= lora_targets(old)
     if "pissa_init" in values and "adapter" not in values:
@@ -126,8 +130,6 @@ def config_values(old: Old, flag: str) -> Values:
             values["peft"] = MODES[value]
         else:
             raise ConfigError(f"--{flag} {key} {value}: allowed are bone bat")
-    if "adapter" in values and not old.said(flag).keys() & {key for key, setting in known.items() if setting == "rank"}:
-        del values["rank"]  # the file's own
     return values
 
 

@@ -10,7 +10,7 @@ from .rwkv5 import Rwkv5, Rwkv5Sizes
 from .rwkv6 import Rwkv6, Rwkv6Sizes
 from .rwkv7 import Rwkv7, Rwkv7Sizes
 from .rwkv7a import Rwkv7a, Rwkv7aSizes
-from .state import SHIFT, WKV, ModelState, Sizes
+from .state import SHIFT, STATES, WKV, ModelState, Sizes
 
 # in the order in which their marks are looked for: a later version may hold an earlier one's
 MODELS: dict[str, type[Rwkv]] = {kind.version: kind for kind in (Rwkv7a, Rwkv7, Rwkv6, Rwkv5)}
@@ -18,6 +18,7 @@ MODELS: dict[str, type[Rwkv]] = {kind.version: kind for kind in (Rwkv7a, Rwkv7, 
 __all__ = [
     "MODELS",
     "SHIFT",
+    "STATES",
     "WKV",
     "ModelState",
     "Rwkv",

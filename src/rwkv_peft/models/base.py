@@ -19,7 +19,7 @@ from ..config import AdapterConfig
 from ..errors import CheckpointError
 from ..ops import Backend
 from .layers import Documents, LayerNorm, Linear
-from .state import ModelState, Sizes
+from .state import STATES, ModelState, Sizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 LN_EPS = 1e-5
@@ -54,7 +54,7 @@ class TimeMix(nn.Module, ABC):
     def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
         """The layer's own vectors and matrices in a dtype, but for the learned state."""
         own = self.named_parameters(recurse=False)
-        return {name: value.to(dtype) for name, value in own if name not in ("time_state", "shift_state")}
+        return {name: value.to(dtype) for name, value in own if not f".{name}".endswith(STATES)}
 
     def split(self, x: Tensor) -> Tensor:
         """(B,T,D) → (B,T,H,N)."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 # Names of a state's tensors in files and of a learned state's parameters: (H,N,N), and two of (D,)
 WKV = "blocks.{}.att.time_state"
+STATES = (".time_state", ".shift_state")  # how they end
 SHIFT = ("blocks.{}.att.shift_state", "blocks.{}.ffn.shift_state")
 
 

@@ -63,8 +63,8 @@ class Metrics:
         """Record a step that is done. Raises OutputError if it cannot be written."""
         if self.device.type == "cuda":
             record.vram_gib = torch.cuda.max_memory_allocated(self.device) / GIB
-        self.records.append(record)
         self._write_line(json.dumps(asdict(record)))
+        self.records.append(record)
         shown = f"loss {record.loss:.4f}  {record.tokens_per_s:,.0f} tokens/s  {_memory(record)}"
         self.progress.update(self.task, completed=record.step, shown=shown)
         if not self.console.is_terminal and record.step % max(1, self.total_steps // 10) == 0:

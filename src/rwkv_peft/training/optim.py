@@ -9,11 +9,11 @@ from torch import Tensor, nn
 
 from ..config import TrainConfig
 from ..errors import ConfigError
+from ..models import STATES
 from ..models.base import ChannelMix, TimeMix
 from ..packages import optional
 from .schedule import learning_rate, weight_decay
 
-STATES = (".time_state", ".shift_state")  # ends of the names of learned initial states
 DECAYS = ("att.w0", "att.time_decay")  # and of the decays: RWKV-7; RWKV-5 and 6
 BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw8bit": "PagedAdamW8bit"}
 # Of Adafactor. The first, squared, is the floor of the second moment; torch's own, 1e-7, is above many gradients. The

@@ -15,20 +15,22 @@ import torch
 from rich.console import Console
 
 from ..adapters import attach_adapter, follow, load_adapter, read_adapter, save_adapter
-from ..adapters.attach import adapted, check_apart
+from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
-from ..config import MEANT_FOR, AdapterConfig, TrainConfig, flag_of
+from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, TrainConfig, flag_of
 from ..data.sampling import Dataset, load_dataset, steps_per_epoch
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
-from ..models import Rwkv
+from ..models import STATES, Rwkv
 from ..yaml_config import to_yaml
 from .engine import SingleProcess
 from .loop import train_loop
 from .metrics import Metrics
 from .optim import build_optimizer, check_optimizer
+
+LONGEST_NAME = 255  # bytes that file systems allow
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,9 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
-    config = going_on(config).resolved()
+    config = going_on(config)
+    idle = config.without_effect()
+    config = config.resolved()
     out = config.out
     check_out(out)
     check_optimizer(config.optim, find_device(config.device))
@@ -64,31 +68,37 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     optimizer = build_optimizer(model, config)
     follow(model, optimizer, total)
     metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
-    for line in describe(config, model, data.summary(), total):
+    for line in describe(config, model, data.summary(), total, idle):
         metrics.say(line)
     try:
         with interruption() as stopped, metrics.progress:
             train_loop(config, model, data, optimizer, SingleProcess(), metrics, stopped)
-    except TrainingError as error:
+    except Exception as error:  # whatever it is, what was trained is not lost
         if not metrics.records:
             raise
-        metrics.finish()
         saved = save(model, config, out)
-        raise TrainingError(f"{error}; what was trained until then is in {saved}") from error
-    metrics.finish()
+        metrics.finish()
+        if isinstance(error, TrainingError):
+            raise TrainingError(f"{error}; what was trained until then is in {saved}") from error
+        metrics.say(f"broken off after {len(metrics.records)} steps; what was trained until then is in {saved}")
+        raise
     result = save(model, config, out)
+    metrics.finish()
     interrupted = stopped()
     metrics.say(f"{'stopped by hand' if interrupted else 'done'} after {len(metrics.records)} steps: {result}")
     return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
 
 
 def going_on(config: TrainConfig) -> TrainConfig:
-    """With the method of the adapter to go on with, on which defaults depend. Raises CheckpointError."""
-    if config.adapter is None or config.peft != TrainConfig.peft:
+    """With the method of the adapter to go on with, and the rates that suit what it trains. Raises CheckpointError."""
+    if config.adapter is None:
         return config
-    alpha = config.alpha if config.adapter.is_file() else None
-    saved = read_adapter(config.adapter, alpha, config.pissa_init)
-    return replace(config, peft=saved.config.peft if saved.config else "state")
+    saved = read_adapter(config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
+    if config.peft == TrainConfig.peft:
+        config = replace(config, peft=saved.config.peft if saved.config else "state")
+    if config.lr is None and not all(name.endswith(STATES) for name in (*saved.tensors, *saved.parts)):
+        config = replace(config, lr=LR, lr_state=config.lr_state or LR_STATE)
+    return config
 
 
 def prepare(model: Rwkv, config: TrainConfig) -> None:
@@ -106,7 +116,7 @@ def prepare(model: Rwkv, config: TrainConfig) -> None:
         add_parts(model, parts)
         names = [name for part in parts for name in part_names(model, part)]
         check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
-        make_trainable(model, [*model.adapter_bases, *names])
+        make_trainable(model, names)
     model.grad_checkpoint = config.grad_checkpoint
     model.train()
 
@@ -115,13 +125,14 @@ def check_continued(config: TrainConfig, model: Rwkv) -> None:
     """Raise ConfigError if a setting was given that contradicts the adapter to go on with."""
     saved, asked, plain = model.adapter_config, config.adapter_config(), AdapterConfig()
     assert saved is not None
-    for name in ("peft", "rank", "alpha", "rank_stabilised", "dora", "targets"):
+    for name in ("peft", "rank", "alpha", "rank_stabilised", "dora"):
         got, want = getattr(asked, name), getattr(saved, name)
-        if got != getattr(plain, name) and got != want and not (name == "targets" and saved.peft == "state"):
-            fits = saved.peft in MEANT_FOR.get(name, (saved.peft,))
-            shown = "its own" if name == "targets" else want if fits else f"none, as {saved.peft}"
-            asked_for = " ".join(got) if name == "targets" else got
-            raise ConfigError(f"{flag_of(name)} {asked_for}: {config.adapter} has {shown}; leave it out")
+        if got not in (getattr(plain, name), want):
+            shown = want if saved.peft in MEANT_FOR.get(name, (saved.peft,)) else f"none, as {saved.peft}"
+            raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
+    chosen = {target for target in saved.targets if ends_in(target, asked.targets)}
+    if asked.targets and saved.targets and chosen != set(saved.targets):
+        raise ConfigError(f"--targets {' '.join(asked.targets)}: {config.adapter} has its own; leave it out")
     saved.dropout = config.dropout or saved.dropout
 
 
@@ -143,7 +154,7 @@ def steps_of(config: TrainConfig, data: Dataset) -> int:
     return max(1, round(config.epochs * steps_per_epoch(data, config.micro_batch, config.grad_accum)))
 
 
-def describe(config: TrainConfig, model: Rwkv, data: str, total: int) -> Iterator[str]:
+def describe(config: TrainConfig, model: Rwkv, data: str, total: int, idle: list[str]) -> Iterator[str]:
     """What the run is about to do, for people."""
     s = model.sizes
     count = sum(p.numel() for p in model.parameters())
@@ -153,14 +164,16 @@ def describe(config: TrainConfig, model: Rwkv, data: str, total: int) -> Iterato
     where = f"{number} on {model.like.device}, op {model.op.name}"
     method = "full" if model.adapter_config is None else model.adapter_config.peft
     yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
-    if config.without_effect():
-        yield f"note   {' '.join(config.without_effect())}: no effect with --peft {config.peft}"
+    yield from (f"note   {line}" for line in idle)
     yield f"data   {data}"
     yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
 
 
 def check_out(out: Path) -> None:
     """Raise ConfigError unless `out` is new or empty, and can be made."""
+    long = [part for part in out.parts if len(os.fsencode(part)) > LONGEST_NAME]
+    if long:
+        raise ConfigError(f"--out {long[0][:20]}…: a name of {len(long[0])} letters is too long; choose a shorter one")
     if out.exists() and not out.is_dir():
         raise ConfigError(f"--out {out}: is a file; name a new folder")
     if out.is_dir() and any(out.iterdir()):
