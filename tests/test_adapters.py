@@ -578,19 +578,19 @@ def test_float64_is_float64_throughout(config: AdapterConfig, load: Callable[...
     assert difference(model(TOKENS)[0], disturb(rp.attach_adapter(load(**SIZES), config))(TOKENS)[0]) <= 1e-4
 
 
-def test_a_merge_that_overflows_names_the_adapter(model_file: Callable[..., Path], tmp_path: Path) -> None:
-    model = rp.attach_adapter(rp.load_model(model_file(**SIZES)), AdapterConfig(rank=2, targets=("att.key",)))
-    with torch.no_grad():
-        for p in model.parameters():
-            if p.requires_grad:
-                p.fill_(1e4)
-    rp.save_adapter(model, tmp_path / "a")
-    with pytest.raises(
-        CheckpointError, match=r"a: merged, blocks\.\d\.att\.key\.weight holds NaN or Inf; try --dtype fp32"
-    ):
-        rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth", dtype="fp16")
-    assert not (tmp_path / "m.pth").exists()
-    rp.merge(model_file(**SIZES), tmp_path / "a", tmp_path / "m.pth", dtype="fp32")
+@pytest.mark.parametrize("name", ["blocks.0.att.key.weight", "emb.weight"], ids=["adapted", "the base's own"])
+def test_a_merge_that_overflows_is_refused(name: str, tmp_path: Path) -> None:
+    """In fp16; in fp32 it is written."""
+    tensors = random_rwkv7(**SIZES)
+    tensors[name][0, 0] = 1e5
+    torch.save(tensors, tmp_path / "base.pth")
+    config = AdapterConfig(rank=2, targets=("att.key",))
+    rp.save_adapter(rp.attach_adapter(rp.load_model(tmp_path / "base.pth"), config), tmp_path / "a")
+    files = tmp_path / "base.pth", tmp_path / "a", tmp_path / "m.pth"
+    with pytest.raises(CheckpointError, match=rf"merged, {name} holds NaN or Inf in float16; try --dtype fp32"):
+        rp.merge(*files, dtype="fp16")
+    assert not files[2].exists()
+    assert read_tensors(rp.merge(*files, dtype="fp32"))[name][0, 0] == 1e5
 
 
 @pytest.mark.parametrize(

@@ -194,7 +194,7 @@ def test_a_bf16_model_computes_in_bf16_and_trains_in_float32(trained: Trained, b
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
 @pytest.mark.parametrize("method", METHODS)
 def test_on_a_gpu(method: str, base: Path, tmp_path: Path) -> None:
     def logits(model: Rwkv) -> Tensor:

@@ -425,6 +425,7 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
     ("--peft lora --lora_config '{\"lora_load\": \"a/rwkv-3.pth\"}'", {"adapter": "a/rwkv-3.pth", "rank": None}),
     ("--peft bone --bone_config '{\"bone_r\": 16}'", {"peft": "bat", "rank": 16}),
     ("--peft bone --bone_config '{\"bone_mode\": \"bone\"}'", {"peft": "bone", "rank": 64}),
+    ("--peft lora --lora_config '{\"lora_load\":\"a.pth\",\"lora_parts\":\"att\"}'", {"adapter": "a.pth", "targets": None}),
     ("--lora --lora_load a.pth", {"targets": None, "rank": None, "alpha": 32.0}),
     ("--lora --lora_load . --lora_r 4", {"adapter": ".", "rank": 4, "alpha": None}),
     ("--peft lora --lora_config {\"lora_r\":4, \"lora_alpha\":8}".replace('"', '\\"'), {"rank": 4, "alpha": 8.0}),

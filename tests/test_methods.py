@@ -514,30 +514,45 @@ def test_going_on_with_other_settings(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_state_goes_on_at_the_rate_that_was_given(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As with `--peft state`, which need not be said again."""
+@pytest.mark.parametrize(
+    ("peft", "parts", "settings", "rates"),
+    [
+        ("state", (), {}, {0.1}),
+        ("state", (), {"lr": 0.01}, {0.01}),
+        ("state", (), {"lr": 0.01, "peft": "state"}, {0.01}),  # which need not be said again
+        ("state", ("ln",), {}, {0.0002, 0.1}),
+        ("lora", ("state",), {}, {0.0002, 0.1}),
+        ("lora", ("state",), {"lr": 0.01}, {0.01, 0.1}),
+    ],
+    ids=str,
+)
+def test_each_part_goes_on_at_its_own_rate(
+    peft: str,
+    parts: tuple[str, ...],
+    settings: dict[str, Any],
+    rates: set[float],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     from rwkv_peft.training import run
 
     base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
     torch.save(random_model(), base)
     data.write_text(json.dumps({"text": TEXTS[0]}))
-    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig("state")), tmp_path / "state")
-    rates: list[float] = []
+    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig(peft, 4), parts), tmp_path / "a")
+    found: set[float] = set()
     build = run.build_optimizer
 
     def spy(model: Rwkv, config: TrainConfig) -> torch.optim.Optimizer:
         optimizer = build(model, config)
-        rates.extend(group["lr"] for group in optimizer.param_groups)
+        found.update(group["lr"] for group in optimizer.param_groups)
         return optimizer
 
     monkeypatch.setattr(run, "build_optimizer", spy)
-    for i, settings in enumerate([{"lr": 0.01}, {"lr": 0.01, "peft": "state"}, {}]):
-        config = TrainConfig(
-            base, [data], tmp_path / f"o{i}", adapter=tmp_path / "state", max_steps=1, device="cpu", **settings
-        )
-        rp.train(config, Console(file=io.StringIO()))
-        assert "peft: state" in (tmp_path / f"o{i}" / "config.yaml").read_text()
-    assert rates == [0.01, 0.01, 0.1]
+    config = TrainConfig(base, [data], tmp_path / "o", adapter=tmp_path / "a", max_steps=1, device="cpu", **settings)
+    rp.train(config, Console(file=io.StringIO()))
+    assert found == rates
+    assert f"peft: {peft}" in (tmp_path / "o" / "config.yaml").read_text()
 
 
 def test_an_initial_value_file_needs_an_adapter() -> None:
@@ -568,36 +583,6 @@ def test_settings_without_effect(settings: dict[str, Any], lines: list[str]) -> 
     assert config.without_effect() == lines
     if not lines:
         assert config.resolved().without_effect() == []  # as the run's config.yaml has it
-
-
-@pytest.mark.parametrize(
-    ("peft", "parts", "rates"),
-    [("state", ("ln",), {0.0002, 0.1}), ("state", (), {0.1}), ("lora", ("state",), {0.0002, 0.1})],
-    ids=["state and ln", "state", "lora and state"],
-)
-def test_each_part_goes_on_at_its_own_rate(
-    peft: str, parts: tuple[str, ...], rates: set[float], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from rwkv_peft.training import run
-
-    base, data = tmp_path / "base.pth", tmp_path / "data.jsonl"
-    torch.save(random_model(), base)
-    data.write_text(json.dumps({"text": TEXTS[0]}))
-    rp.save_adapter(rp.attach_adapter(rp.load_model(base), AdapterConfig(peft, 4), parts), tmp_path / "a")
-    found: set[float] = set()
-    build = run.build_optimizer
-
-    def spy(model: Rwkv, config: TrainConfig) -> torch.optim.Optimizer:
-        optimizer = build(model, config)
-        found.update(group["lr"] for group in optimizer.param_groups)
-        return optimizer
-
-    monkeypatch.setattr(run, "build_optimizer", spy)
-    rp.train(
-        TrainConfig(base, [data], tmp_path / "o", adapter=tmp_path / "a", max_steps=1, device="cpu"),
-        Console(file=io.StringIO()),
-    )
-    assert found == rates
 
 
 def test_an_adapter_loaded_in_python_trains_on_with_its_parts(tmp_path: Path) -> None:

@@ -69,9 +69,14 @@ def check_suffix(path: Path) -> None:
         raise CheckpointError(f"{path}: ends in {path.suffix or 'nothing'}; allowed are {' and '.join(SUFFIXES)}")
 
 
+def is_finite(tensor: Tensor) -> bool:
+    """Whether the tensor holds neither NaN nor Inf; the sum tells it fast where it is finite itself."""
+    return bool(torch.isfinite(tensor.sum(dtype=torch.float32))) or bool(torch.isfinite(tensor).all())
+
+
 def check_finite(path: Path | str, name: str, tensor: Tensor) -> None:
     """Raise CheckpointError if the tensor holds NaN or Inf."""
-    if not bool(torch.isfinite(tensor.sum(dtype=torch.float32))) and not bool(torch.isfinite(tensor).all()):
+    if not is_finite(tensor):
         bad = int((~torch.isfinite(tensor)).sum())
         raise CheckpointError(f"{path}: tensor {name} holds {bad} NaN or Inf of {tensor.numel()}; get the file again")
 

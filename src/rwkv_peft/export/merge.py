@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 from ..adapters import ADAPTERS, SavedAdapter, attach_saved, foreign, read_adapters
 from ..adapters.reading import check_fit
-from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, read_tensors, write_tensors
+from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, is_finite, read_tensors, write_tensors
 from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..loading import check_model, load_model
@@ -54,15 +53,24 @@ def merge(
         merged = merge_foreign(base_path, base, *foreigners[0], alone=len(paths) == 1)
     else:
         merged = merge_tensors(base, adapters, sizes)
+    write_tensors(out, in_formats(merged, base, base_path, dtype))
+    return out
+
+
+def in_formats(
+    merged: dict[str, Tensor], base: dict[str, Tensor], base_path: Path | str, dtype: str
+) -> dict[str, Tensor]:
+    """The tensors in the number format `dtype`, or for `same` in the base's. Raises CheckpointError for NaN or Inf."""
+    written = {}
     for name, tensor in merged.items():
         own = base[name].dtype if name in base else tensor.dtype
-        merged[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
-        if tensor is base.get(name):
-            check_finite(base_path, name, tensor)
-        elif not bool(torch.isfinite(merged[name]).all()):
-            raise CheckpointError(f"{paths[-1]}: merged, {name} holds NaN or Inf; try --dtype fp32, or train it anew")
-    write_tensors(out, merged)
-    return out
+        written[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
+        if not is_finite(written[name]):
+            if name in base:
+                check_finite(base_path, name, base[name])
+            number = str(written[name].dtype).removeprefix("torch.")
+            raise CheckpointError(f"{base_path}: merged, {name} holds NaN or Inf in {number}; try --dtype fp32")
+    return written
 
 
 def merge_tensors(

@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..adapters import attach_adapter, follow, load_adapter, read_adapter, save_adapter
+from ..adapters import SavedAdapter, attach_adapter, attach_saved, follow, read_adapter, save_adapter
 from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
@@ -53,7 +53,8 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
-    config = going_on(config)
+    saved = saved_adapter(config)
+    config = going_on(config, saved)
     idle = config.without_effect()
     config = config.resolved()
     out = config.out
@@ -62,7 +63,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     sizes = read_sizes(config.model)
     data = load_dataset(config, tokenizer_for(config.tokenizer, sizes.vocab_size))
     model = load_model(config.model, config.precision, config.device, config.op)
-    prepare(model, config)
+    prepare(model, config, saved)
     check_space(out, model)
     total = config.max_steps or steps_of(config, data)
     optimizer = build_optimizer(model, config)
@@ -76,11 +77,11 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     except Exception as error:  # whatever it is, what was trained is not lost
         if not metrics.records:
             raise
-        saved = save(model, config, out)
+        result = save(model, config, out)
         metrics.finish()
         if isinstance(error, TrainingError):
-            raise TrainingError(f"{error}; what was trained until then is in {saved}") from error
-        metrics.say(f"broken off after {len(metrics.records)} steps; what was trained until then is in {saved}")
+            raise TrainingError(f"{error}; what was trained until then is in {result}") from error
+        metrics.say(f"broken off after {len(metrics.records)} steps; what was trained until then is in {result}")
         raise
     result = save(model, config, out)
     metrics.finish()
@@ -89,11 +90,17 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
 
 
-def going_on(config: TrainConfig) -> TrainConfig:
-    """With the method of the adapter to go on with, and the rates that suit what it trains. Raises CheckpointError."""
+def saved_adapter(config: TrainConfig) -> SavedAdapter | None:
+    """The adapter to go on with; a folder holds its own alpha. Raises CheckpointError."""
     if config.adapter is None:
+        return None
+    return read_adapter(config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
+
+
+def going_on(config: TrainConfig, saved: SavedAdapter | None) -> TrainConfig:
+    """With the method of the adapter to go on with, and the rates that suit what it trains."""
+    if saved is None:
         return config
-    saved = read_adapter(config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
     if config.peft == TrainConfig.peft:
         config = replace(config, peft=saved.config.peft if saved.config else "state")
     if config.lr is None and not all(name.endswith(STATES) for name in (*saved.tensors, *saved.parts)):
@@ -101,17 +108,17 @@ def going_on(config: TrainConfig) -> TrainConfig:
     return config
 
 
-def prepare(model: Rwkv, config: TrainConfig) -> None:
-    """Attach the adapter, or the one to go on with, and let what is to train, train."""
+def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None) -> None:
+    """Attach a new adapter, or the `saved` one to go on with, and let what is to train, train."""
     torch.manual_seed(config.seed)
     parts = config.parts()
     if config.peft == "full":
         add_parts(model, parts)
         make_trainable(model, [name for name, _ in model.named_parameters()])
-    elif config.adapter is None:
+    elif saved is None or config.adapter is None:
         attach_adapter(model, config.adapter_config(), parts)
     else:
-        load_adapter(model, config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
+        attach_saved(model, saved, config.adapter)
         check_continued(config, model)
         add_parts(model, parts)
         names = [name for part in parts for name in part_names(model, part)]
