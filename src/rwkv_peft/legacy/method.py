@@ -103,7 +103,8 @@ def own_method(old: Old, peft: str) -> Values:
             old.note(flag, f"no effect with --peft {'none' if peft == 'full' else peft}")
     if "adapter" in values:  # which has its own, where the line says nothing; but no alpha, as a `.pth`
         given = {"peft", "adapter", *(["alpha"] if values["adapter"].endswith(".pth") else [])}
-        given |= {KEYS[used].get(key) for key in old.said(used)} | {flat[flag] for flag in flat if flag in old}
+        given |= {setting for key, setting in KEYS[used].items() if key in old.said(used)}
+        given |= {setting for flag, setting in flat.items() if flag in old}
         values = {name: value for name, value in values.items() if name in given}
     if "lora_parts" in old or (old["lora"] and "adapter" not in values):
         values |= lora_targets(old)
