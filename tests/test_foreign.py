@@ -30,7 +30,7 @@ SIZES: dict[str, Any] = {"layers": 2, "width": 64, "vocab_size": 257}
 TOKENS = random_tokens(257, 2, 20)
 # every method that PEFT can put on matrices, with its own settings or none
 METHODS: dict[str, dict[str, Any]] = {
-    "ADALORA": {}, "ADAMSS": {}, "BEFT": {}, "BOFT": {}, "C3A": {}, "DEFT": {}, "DELORA": {},
+    "ADALORA": {}, "BEFT": {}, "BOFT": {}, "C3A": {}, "DEFT": {}, "DELORA": {},
     "FOURIERFT": {"init_weights": True},
     "FROD": {}, "GLORA": {}, "GRALORA": {}, "HIRA": {}, "HRA": {}, "IA3": {}, "LILY": {}, "LN_TUNING": {}, "LOHA": {},
     "LOKR": {}, "LORA": {"r": 4, "use_dora": True}, "MISS": {}, "OFT": {"oft_block_size": 16}, "OSF": {}, "PEANUT": {},
@@ -454,6 +454,7 @@ def refused(message: str, peft: str, *, targets: tuple[str, ...] = (), parts: tu
         refused("--peft peft:OFTT: PEFT has no such method; allowed are .*LOHA.*did you mean OFT", "peft:OFTT"),
         refused("--peft peft:PREFIX_TUNING: works on the prompts of attention.*--peft state", "peft:PREFIX_TUNING"),
         refused("--peft peft:XLORA: mixes finished adapters", "peft:xlora"),
+        refused("--peft peft:ADAMSS: clusters the rows of the base anew", "peft:ADAMSS"),
         refused("--peft peft:POLY: needs the number of a task", "peft:POLY"),
         refused("--peft peft:TRAINABLE_TOKENS: .*--train-parts emb", "peft:TRAINABLE_TOKENS"),
         refused(

@@ -22,6 +22,7 @@ from ..saved import GENERAL
 UNTOLD = 2**31  # AdaLoRA's number of steps while nobody knows it
 PROMPTS = "works on the prompts of attention, which RWKV has not; --peft state learns what comes before a text"
 UNFIT = {
+    "ADAMSS": "clusters the rows of the base anew when it is loaded, which another machine does otherwise",
     "ADAPTION_PROMPT": PROMPTS,
     "POLY": "needs the number of a task beside every example",
     "SHADOW": "needs the decoder blocks of a Transformers model",

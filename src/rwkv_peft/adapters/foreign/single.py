@@ -1,4 +1,4 @@
-"""What single methods of PEFT need besides: AdaLoRA, AdaMSS, FRoD, GLoRA, PSOFT."""
+"""What single methods of PEFT need besides: AdaLoRA, FRoD, GLoRA, PSOFT."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def cache(layer: Any, x: str) -> Any:
 
 
 def follow(model: nn.Module, optimizer: torch.optim.Optimizer, total: int) -> None:
-    """Let a method that shares out its ranks while it trains (AdaLoRA, AdaMSS) do so after each of `total` steps.
+    """Let a method that shares out its ranks while it trains (AdaLoRA) do so after each of `total` steps.
 
     Nothing for all others. Raises ConfigError if its schedule does not fit into the steps.
     """
