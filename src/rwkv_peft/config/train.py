@@ -2,27 +2,34 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .adapter import FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, method_name, read_peft_config
-from .common import ADVANCED, OnBadLine, Op, Overlong, TokenizerName, at_least, flag_of, words
+from .common import ADVANCED, Op, at_least, flag_of, words
+from .data import DataConfig
 
 LR, LR_FULL, LR_STATE = 2e-4, 2e-5, 0.1  # peak learning rates where none is given
 
 
 @dataclass
-class TrainConfig:
-    """Fine-tune a model on examples and write an adapter."""
+class _Run:
+    """What a run cannot do without; first, so that it may be given without names."""
 
     model: Path
     """Base model: an official `.pth` or `.safetensors` file."""
-    data: list[Path]
-    """JSONL files whose lines hold `text`, `messages`, `conversations`, or two fields named by --fields."""
+    data: list[str]
     out: Path
     """Folder of this run; must be new or empty."""
+
+
+@dataclass
+class TrainConfig(DataConfig, _Run):
+    """Fine-tune a model on examples and write an adapter."""
+
     peft: str = "lora"
     """Method: lora, pissa, bone (= miss), bat, state, full, or `peft:METHOD` for most others of Hugging Face PEFT."""
     rank: int = 32
@@ -48,20 +55,16 @@ class TrainConfig:
     """Go on training this adapter: a folder, or a `.pth` of the original program. Its method and sizes hold."""
     pissa_init: Annotated[Path | None, ADVANCED] = None
     """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
-    fields: tuple[str, str] | None = None
-    """The two fields of a line that are prompt and response, e.g. `--fields question answer`."""
-    split: Annotated[str, ADVANCED] = "train"
-    """Which examples: `train` is all, `train[:1000]` the first thousand, `train[10%:]` all but the first tenth."""
-    tokenizer: Annotated[TokenizerName, ADVANCED] = "auto"
-    """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
-    ctx_len: int = 1024
-    """Longest row of a batch, in tokens."""
-    overlong: Annotated[Overlong, ADVANCED] = "split"
-    """Examples longer than --ctx-len: `split` into rows, `truncate`, or `drop`; how many is printed."""
-    on_bad_line: Annotated[OnBadLine, ADVANCED] = "stop"
-    """A line that cannot be used: `stop` with its number, or `skip` and count it."""
-    micro_batch: int = 8
-    """Rows computed at once."""
+    eval_data: Annotated[tuple[str, ...], ADVANCED] = ()
+    """Examples to measure the loss on while training, read as --data is."""
+    eval_fraction: float = 0.0
+    """Share of the examples that is kept out of training to measure the loss on, from 0 to below 1."""
+    eval_every: int | None = None
+    """Steps between two such measurements; the last step has one too. [a tenth of the run]"""
+    patience: Annotated[int | None, ADVANCED] = None
+    """Stop after so many measurements without a new best one. [never]"""
+    micro_batch: int | None = None
+    """Rows computed at once. [8; with --sampling only: 1]"""
     grad_accum: int = 1
     """Micro-batches added up before a step."""
     epochs: float = 1.0
@@ -108,8 +111,9 @@ class TrainConfig:
     """Seed of the order of examples, of new weights and of dropout."""
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         self.model, self.out = Path(self.model), Path(self.out)
-        self.data = [Path(path) for path in words(self.data)]
+        self.eval_data = tuple(os.fspath(path) for path in words(self.eval_data))
         self.peft = method_name(self.peft)
         self.targets, self.train_parts = words(self.targets), words(self.train_parts)
 
@@ -122,6 +126,7 @@ class TrainConfig:
         return replace(
             self,
             train_parts=self.parts() or ("none",),
+            micro_batch=self.micro_batch or (1 if self.sampling == "only" else 8),
             lr=lr,
             lr_final=lr / 10 if self.lr_final is None else self.lr_final,
             lr_state=lr_state,
@@ -136,12 +141,16 @@ class TrainConfig:
             self.adapter_config().check()
         self.check_adapter()
         self.parts()
-        for flag, value in (
-            ("--ctx-len", self.ctx_len), ("--micro-batch", self.micro_batch), ("--grad-accum", self.grad_accum),
+        self.check_data()
+        self.check_evaluation()
+        for name, remedy in (
+            ("micro_batch", "try 1"), ("grad_accum", "try 1"), ("eval_every", "leave it out for ten in a run"),
+            ("patience", "leave it out to train to the end"), ("max_steps", "leave it out to follow --epochs"),
         ):  # fmt: skip
-            at_least(flag, value, 1, "try 1024" if flag == "--ctx-len" else "try 1")
-        if self.max_steps is not None:
-            at_least("--max-steps", self.max_steps, 1, "leave it out to follow --epochs")
+            if getattr(self, name) is not None:
+                at_least(flag_of(name), getattr(self, name), 1, remedy)
+        if self.sampling == "only" and self.micro_batch not in (None, 1):
+            raise ConfigError(f"--micro-batch {self.micro_batch}: must be 1 with --sampling only; leave it out")
         for flag, number in (("--epochs", self.epochs), ("--lr", self.lr), ("--lr-state", self.lr_state)):
             if number is not None and not number > 0:
                 raise ConfigError(f"{flag} {number}: must be above 0; try {'1' if flag == '--epochs' else '2e-4'}")
@@ -158,8 +167,23 @@ class TrainConfig:
             raise ConfigError(f"--betas {self.betas[0]} {self.betas[1]}: both must be from 0 to below 1; try 0.9 0.99")
         if self.adam_eps <= 0:
             raise ConfigError(f"--adam-eps {self.adam_eps}: must be above 0; try 1e-8")
-        if not self.data:
-            raise ConfigError("--data: got no file; name at least one JSONL file")
+
+    def check_evaluation(self) -> None:
+        """Raise `ConfigError` where what is said of measuring the loss contradicts itself."""
+        if not 0 <= self.eval_fraction < 1:
+            raise ConfigError(f"--eval-fraction {self.eval_fraction}: must be from 0 to below 1; try 0.05")
+        if self.eval_fraction and self.eval_data:
+            raise ConfigError("--eval-fraction: not with --eval-data, which has the examples; leave one out")
+        for name in ("eval_every", "patience"):
+            if getattr(self, name) is not None and not self.evaluates:
+                raise ConfigError(
+                    f"{flag_of(name)}: only with --eval-fraction or --eval-data; add one, or leave it out"
+                )
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether the loss is measured on examples that are not trained on."""
+        return self.eval_fraction > 0 or bool(self.eval_data)
 
     def check_adapter(self) -> None:
         """Raise `ConfigError` where a setting contradicts that there is an adapter to go on with, or none."""
@@ -188,6 +212,9 @@ class TrainConfig:
             (self.schedule == "constant" and not is_usual, {"lr_final"}, "with --schedule constant"),
             (self.optim == "adafactor", {"betas", "adam_eps"}, "with --optim adafactor"),
             (not has_state and self.lr_state != LR_STATE, {"lr_state"}, "where no state trains"),
+            (self.sampling != "get", {"windows"}, f"with --sampling {self.sampling}"),
+            (self.sampling != "pad", {"pad_side"}, f"with --sampling {self.sampling}"),
+            (self.sampling == "get", {"overlong"}, "with --sampling get"),
         ]
         idle = [(sorted(map(flag_of, names & given)), why) for applies, names, why in rules if applies]
         parts = [part for part in self.train_parts if part in ("time", "ln", "emb", "head")]
