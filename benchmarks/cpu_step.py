@@ -12,7 +12,7 @@ import time
 
 import torch
 
-from rwkv_peft.data.sampling import Batch
+from rwkv_peft.data.batches import Batch
 from rwkv_peft.models import Rwkv7, Rwkv7Sizes
 from rwkv_peft.ops import BACKENDS, Backend
 from rwkv_peft.training.step import batch_loss

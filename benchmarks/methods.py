@@ -18,7 +18,7 @@ import torch
 
 import rwkv_peft as rp
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.sampling import Batch
+from rwkv_peft.data.batches import Batch
 from rwkv_peft.models import MODELS, Rwkv, Rwkv5Sizes, Rwkv6Sizes, Rwkv7Sizes, Sizes
 from rwkv_peft.training.optim import build_optimizer
 from rwkv_peft.training.run import prepare

@@ -232,7 +232,7 @@ def test_sampling_may_be_nested_in_yaml(text: str, tmp_path: Path) -> None:
         (b"grad_checkpoint: 2", ": grad_checkpoint 2: must be true or false"),
         (b"device: 0", ": device 0: must be text; put it in quotes"),
         (b"model: {a: b}", ": model {'a': 'b'}: must be a path"),
-        (b"data: [a, 3]", ": data 3: must be a path"),
+        (b"data: [a, 3]", ": data 3: must be text; put it in quotes"),
         (b"optim: adamm", ": optim adamm: allowed are adamw, "),
         (b"betas: [0.9]", ": betas 0.9: must be 2 values"),
         (b"- rank", ": holds rank; write one `name: value` a line"),
@@ -525,4 +525,4 @@ def test_the_python_door_takes_text_for_paths() -> None:
 
 def test_the_python_door_takes_one_value_for_several() -> None:
     config = TrainConfig("m.pth", "d.jsonl", "o", targets="att.key", train_parts=["none"])  # type: ignore[arg-type]
-    assert (config.data, config.targets, config.parts()) == ([Path("d.jsonl")], ("att.key",), ())
+    assert (config.data, config.targets, config.parts()) == (["d.jsonl"], ("att.key",), ())

@@ -6,7 +6,6 @@ import dataclasses
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -17,10 +16,10 @@ from hypothesis import strategies as st
 import rwkv_peft as rp
 from conftest import difference, random_tokens
 from rwkv_peft import chat_repl, inference
-from rwkv_peft.chat_repl import reply, run_chat
+from rwkv_peft.chat_repl import Conversation, run_chat
 from rwkv_peft.cli import main
 from rwkv_peft.config import AdapterConfig, ChatConfig, SamplingConfig
-from rwkv_peft.data.chat import render_chat, render_prompt
+from rwkv_peft.data.templates import Message, find_template
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.inference import Session, StopTexts, answer_all, generate, sample
@@ -306,13 +305,16 @@ def test_chat_leaves_the_state_that_training_would_see(
     turns = [("user", "How are you?"), ("assistant", "Fine, thanks."), ("user", "Bye"), ("assistant", "See you")]
     answers = iter([f" {turns[1][1]} \n\nUser: I", f" {turns[3][1]}\n\nUser:"])
     session, sampling = Session(model, tokenizer), SamplingConfig(stop=(chat_repl.STOP,))
+    conversation, template = Conversation(session, find_template("rwkv"), "", every_turn=False), find_template("rwkv")
     for i in (0, 2):
         left = iter(tokenizer.encode(next(answers)))
         monkeypatch.setattr(inference, "sample", lambda *args, left=left: next(left))
-        assert reply(session, render_prompt(turns[i : i + 1]), sampling).strip() == turns[i + 1][1]
+        conversation.ask(turns[i][1])
+        assert conversation.reply(sampling).strip() == turns[i + 1][1]
         assert capsys.readouterr().out.startswith(f"Assistant: {turns[i + 1][1]}")
-    segments = render_chat([*turns, ("user", "x"), ("assistant", "y")])[:4]
-    ids = [token for segment in segments for token in tokenizer.encode(segment.text)]
+    conversation.ask("x")
+    messages = [Message(role, content) for role, content in [*turns, ("user", "x"), ("assistant", "y")]]
+    ids = [token for segment in template.render(messages)[:5] for token in tokenizer.encode(segment.text)]
     with torch.no_grad():
         logits, want = model(torch.tensor([ids]))
     assert session.state is not None and session.logits is not None
@@ -321,20 +323,67 @@ def test_chat_leaves_the_state_that_training_would_see(
     assert difference(session.logits, logits[0, -1]) <= 1e-5
 
 
-def test_chat_in_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    """The system text before the first turn, and again after /reset; blank lines are nothing."""
-    lines, prompts = iter(["one", "", "  two ", "/reset", "three", "/exit", "never"]), []
-    session = SimpleNamespace(state="something", start=None)
+class Recorder:
+    """A session that records what it reads, and answers as it is told."""
+
+    def __init__(self, answers: list[str]) -> None:
+        self.tokenizer, self.answers = BYTE, iter(answers)
+        self.start = self.state = ""
+        self.stop_token, self.read_texts = 0, []
+
+    def read(self, ids: list[int]) -> None:
+        self.state += "".join("∅" if i == 0 else "⊠" if i == 24 else BYTE.decode([i]) for i in ids)
+
+    def write(self, sampling: SamplingConfig) -> list[str]:
+        self.read_texts.append(self.state)
+        return [next(self.answers)]
+
+
+@pytest.mark.parametrize(
+    ("settings", "answers", "expected"),
+    [
+        ({}, [" A", " B"], ["User: one\n\nAssistant:", "User: one\n\nAssistant: A\n\nUser: two\n\nAssistant:"]),
+        ({"stop_token": "24"}, [" A", " B"],
+         ["User: one\n\nAssistant:", "User: one\n\nAssistant: A⊠\n\nUser: two\n\nAssistant:"]),
+        ({"template": "g1-think"}, [">\nhm\n</think>\nA", ">"],
+         ["User: one\n\nAssistant: <think",
+          "User: one\n\nAssistant: <think>\nhm\n</think>\nA\n\nUser: two\n\nAssistant: <think"]),
+        ({"template": "g1-fake-think"}, [">\nA", ">"],
+         ["User: one\n\nAssistant: <think>\n</think",
+          "User: one\n\nAssistant: <think>\n</think>\nA\n\nUser: two\n\nAssistant: <think>\n</think"]),
+        ({"template": "raw"}, ["A", "B"], ["one", "oneAtwo"]),
+        ({}, ["", "B"], ["User: one\n\nAssistant:", "User: one\n\nUser: two\n\nAssistant:"]),
+    ],
+)  # fmt: skip
+def test_chat_reads_what_training_would(
+    settings: dict[str, Any], answers: list[str], expected: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lines, session = iter(["one", "two", "/exit"]), Recorder(answers)
+    session.stop_token = int(settings.get("stop_token", 0))
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
-    monkeypatch.setattr(chat_repl, "reply", lambda s, prompt, config: prompts.append((prompt, s.state)))
+    run_chat(ChatConfig(Path("m.pth"), **settings))
+    assert session.read_texts == expected
+
+
+def test_chat_takes_the_stop_token_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, session = iter(["one", "two", "/exit"]), Recorder(["A\n", "B"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
+    run_chat(ChatConfig(Path("m.pth"), template="instruction"))
+    assert session.stop_token == 24
+    assert all(text.startswith("Below is an ") and text.endswith("### Response:") for text in session.read_texts)
+    assert [text.count("###") for text in session.read_texts] == [2, 2]  # each question by itself
+
+
+def test_chat_in_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """The system text before the first turn, and again after /reset; blank lines are nothing."""
+    lines, session = iter(["one", "", "  two ", "/reset", "three", "/exit", "never"]), Recorder([" A", " B", " C"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
     run_chat(dataclasses.replace(ChatConfig(Path("m.pth")), system="Be brief."))
-    turn = "User: {}\n\nAssistant:".format
-    assert prompts == [
-        ("System: Be brief.\n\n" + turn("one"), "something"),
-        (turn("two"), "something"),
-        ("System: Be brief.\n\n" + turn("three"), None),
-    ]
+    first = "System: Be brief.\n\nUser: {}\n\nAssistant:".format
+    assert session.read_texts == [first("one"), f"{first('one')} A\n\nUser: two\n\nAssistant:", first("three")]
     assert "begun anew" in capsys.readouterr().out
 
 
@@ -343,7 +392,7 @@ def test_chat_ends_with_the_input(monkeypatch: pytest.MonkeyPatch) -> None:
         raise EOFError
 
     monkeypatch.setattr("builtins.input", end)
-    monkeypatch.setattr(chat_repl, "open_session", lambda config: None)
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: Recorder([]))
     run_chat(ChatConfig(Path("m.pth"), sampling=SamplingConfig()))
 
 

@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import importlib.util
+import itertools
 import json
 import math
 import re
 import shlex
+import struct
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from string import Template
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
 from conftest import random_model
 from rwkv_peft.cli import main
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.sampling import choose, load_dataset
+from rwkv_peft.data.dataset import load_dataset
+from rwkv_peft.data.sampling import Sampler
+from rwkv_peft.data.sources import Split
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
 from rwkv_peft.legacy import TABLE, check_claims, config_of, is_old, reworded, translate
@@ -70,6 +75,8 @@ BAT = """--peft disha --disha_config '{"mode":"bat","load":"","r":64}' """
 SFT = "--data_type sft --sft_field query response "
 V5, V6, V7 = "x052", "x060", "x070"
 
+MESSAGES = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
+
 # name: (version of the model, line, what trains: a method with its rank, and parts)
 RUNS: dict[str, tuple[str, str, str]] = {
     "scripts/run_lora.sh": (V6, ALL + PAD + '--my_testing "x060" ' + LORA, "lora 32 time ln"),
@@ -113,7 +120,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "newer README: state": (V7, ALL + SFT + "--peft state --op fla", "state"),
     "state beside LoRA": (V6, ALL + SFT + LORA + "--train_type state", "lora 32 time ln state"),
     "att alone": (V7, ALL + SFT + '--lora --lora_r 4 --lora_parts=att --my_testing "x070"', "lora 4 att"),
-    "nothing said": (V7, MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 2 --epoch_count 1", "full"),
+    "nothing said": (V7, MODEL + SFT + "--ctx_len 256 --micro_bsz 2 --epoch_steps 2 --epoch_count 1", "full"),
     "LoRA, nothing said": (V7, MODEL + SFT + "--micro_bsz 2 --epoch_steps 2 --epoch_count 1 --peft lora",
                            "lora 8 time ln"),
 }  # fmt: skip
@@ -121,22 +128,38 @@ RUNS: dict[str, tuple[str, str, str]] = {
 
 def shell(line: str, folder: Path, model: Path, **changes: str) -> list[str]:
     """The words of a line of shell, its variables and the size of the vocabulary set for a small model."""
+    source = pair(folder) if of_binidx(line) else data(folder)
     variables = {
-        "load_model": str(model), "proj_dir": str(folder / "out"), "data_file": str(data(folder)), "n_layer": "2",
-        "n_embd": "64", "ctx_len": "32", "epoch_steps": "2", "epoch_save": "1", "micro_bsz": "2",
+        "load_model": str(model), "proj_dir": str(folder / "out"), "data_file": str(source), "n_layer": "2",
+        "n_embd": "64", "ctx_len": "256", "epoch_steps": "2", "epoch_save": "1", "micro_bsz": "2",
     } | changes  # fmt: skip
     line = line.replace("--vocab_size 65536", f"--vocab_size {changes.get('vocab_size', 257)}")
     return shlex.split(Template(line).substitute(variables))
 
 
+def of_binidx(line: str) -> bool:
+    return re.findall(r"--data_type (\w+)", line)[-1:] == ["binidx"]
+
+
 def data(folder: Path, count: int = 6) -> Path:
     """Questions and answers, of which each line is also a conversation."""
     path = folder / "data.jsonl"
-    turns = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hello!"}]
     path.write_text(
-        "".join(json.dumps({"query": f"{i}?", "response": str(i), "messages": turns}) + "\n" for i in range(count))
+        "".join(json.dumps({"query": f"{i}?", "response": str(i), "messages": MESSAGES}) + "\n" for i in range(count))
     )
     return path
+
+
+def pair(folder: Path, texts: Sequence[str] = tuple(f"User: {i}?\n\nAssistant: {i}" for i in range(6))) -> Path:
+    """Prefix of a binidx pair as the original's own tool writes it, of bytes; each document ends with token 0."""
+    documents = [np.array([*(byte + 1 for byte in text.encode()), 0], np.uint16) for text in texts]
+    sizes = [len(document) for document in documents]
+    pointers = [2 * sum(sizes[:i]) for i in range(len(sizes))]
+    head = b"MMIDIDX\0\0" + struct.pack("<QBQQ", 1, 8, len(sizes), len(sizes) + 1)
+    index = struct.pack(f"<{len(sizes)}i{len(sizes)}q{len(sizes) + 1}q", *sizes, *pointers, *range(len(sizes) + 1))
+    (folder / "pair_text_document.idx").write_bytes(head + index)
+    (folder / "pair_text_document.bin").write_bytes(b"".join(document.tobytes() for document in documents))
+    return folder / "pair_text_document"
 
 
 def expected(version: str, what: str) -> dict[str, int]:
@@ -195,7 +218,11 @@ def test_old_lines_train_what_they_trained(
     steps = (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()
     assert len(steps) == 2
     config = read_yaml(tmp_path / "out" / "config.yaml", TrainConfig)
-    assert (config["max_steps"], config["data"]) == (2, [data(tmp_path)])
+    source = pair(tmp_path) if of_binidx(line) else data(tmp_path)
+    assert (config["max_steps"], config["data"]) == (2, [str(source)])
+    assert (config["sampling"], config["overlong"], config["mask_id"]) == ("pad", "truncate", "")
+    assert config["template"] == ("instruction" if "--sft_field" in line else "rwkv")
+    assert config["mask"] == ("pad" if "--loss_mask pad" in line else "auto")
     assert (tmp_path / "out" / ("model.pth" if what == "full" else "adapter")).exists()
 
 
@@ -237,8 +264,9 @@ def test_a_file_to_load_is_gone_on_with(
 
 
 def test_the_shim_runs(tmp_path: Path, model_file: Callable[..., Path]) -> None:
-    line = shell(MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 1 --epoch_count 1", tmp_path, model_file())
-    done = subprocess.run([sys.executable, ROOT / "train.py", *line], text=True, capture_output=True, check=False)
+    line = MODEL + "--data_type sft --ctx_len 256 --micro_bsz 2 --epoch_steps 1 --epoch_count 1"
+    words = shell(line, tmp_path, model_file())
+    done = subprocess.run([sys.executable, ROOT / "train.py", *words], text=True, capture_output=True, check=False)
     assert (done.returncode, done.stderr) == (0, "")
     assert "note   --data_type sft: " in done.stdout
     assert (tmp_path / "out" / "model.pth").exists()
@@ -267,18 +295,35 @@ ERRORS = [
     ("--precision half", "--precision half: allowed are bf16 "),
     ("--accelerator xpu", "--accelerator xpu: allowed are gpu cuda auto cpu"),
     ("--LISA --lisa_r 2 --lisa_k 100", "--LISA: LISA is not there"),
-    ("--my_pile_stage 3", "--my_pile_stage 3: .*not there yet"),
-    ("--loss_mask se --mask_id '{\"mask0\":\"a\",\"mask1\":\"b\"}' --data_type jsonl",
-     "--loss_mask se: .*not there yet"),
+    ("--my_pile_stage 3", "--my_pile_stage 3: pre-training in stages is not there; .* --windows prime"),
+    ("--my_pile_version 2", "--my_pile_version 2: a list of binidx files in a file is not there"),
+    ("--loss_mask se --data_type jsonl --mask_id '{\"mask01\":\"b\"}'",
+     "--mask_id: mask01 is no key of it; did you mean mask1.; allowed are mask0 mask1$"),
+    ("--loss_mask se --data_type jsonl --mask_id '{\"mask1\":\"\"}'",
+     '--mask_id mask1 "": must be a text, and not empty'),
+    ("--loss_mask se --data_type jsonl --mask_id '{\"mask0\":0}'", "--mask_id mask0 0: must be a text"),
     ("--loss_mask answers", "--loss_mask answers: allowed are none pad qa se"),
-    ("--data_type binidx --data_file d_text_document", "--data_type binidx: such data is not there yet; .*JSONL"),
-    ("--data_file meta-math/MetaMathQA", "--data_file meta-math/MetaMathQA: no such file; .*hub.*not there yet"),
+    ("--dataload all", "--dataload all: allowed are pad get only"),
+    ("--data_type binidx --data_file d_text_document",
+     "--data_file d_text_document: no file d_text_document.idx; name the PREFIX of"),
+    ("--data_type binidx --data_file /", "/: "),
+    ("--data_type binidx --dataload only --data_file $binidx",
+     "--micro_bsz 12: must be 1 with --dataload only; write --micro_bsz 1"),
+    ("--data_type numpy --data_file d.npy",
+     "--data_type numpy: such data is not read here; name a JSONL file, or .* `rwkv-peft prepare`"),
+    ("--data_type uint16 --data_file d.bin", "--data_type uint16: such data is not read here;"),
+    ("--data_type dummy --data_file ''", "--data_type dummy: such data is not read here;"),
+    ("--data_type utf-8 --data_file meta-math/MetaMathQA",
+     "--data_file meta-math/MetaMathQA: no such file, which --data_type utf-8 reads as text; .* --data_type binidx or"),
+    ("--data_type utf-16le --data_file $text", "--data_type utf-16le: only text in UTF-8 is read; .*iconv -f utf-16le"),
+    ("--data_type bindx --data_file $text", "--data_type bindx: no data type and no encoding; allowed are sft "),
+    ("--data_type binidx --loss_mask qa --dataload get --data_file $text", "--data_file .*text.txt: no file .*.idx;"),
     ("--data_file nope.jsonl", "nope.jsonl: no such file"),
     ("--data_file ''", "--data_file: missing"),
     ("--load_model ''", "--load_model: missing; training a new model .*not there yet"),
     ("--sft_field query", "--sft_field query: must be 2 fields"),
     ("--sft_field q a", "data.jsonl:1: no field 'q'"),
-    ("--sft_split test", "--sft_split test: no known form; write train, train\\[:1000\\]"),
+    ("--sft_split train[3]", "--sft_split train.3.: no known form; write train, train\\[:1000\\]"),
     ("--lora_config '{lora_r:8}'", "--lora_config {lora_r:8}: broken JSON"),
     ("--lora_config '[]'", "--lora_config \\[\\]: must be a JSON object"),
     ("--lora_config '{\"lora_rank\":8}'", "--lora_config: lora_rank is no key of it; did you mean lora_"),
@@ -312,7 +357,7 @@ ERRORS = [
     ("--lora_config '{\"lora_alpha\":0}'", "--lora_config lora_alpha 0.0: must be above 0"),
     ("--proj_dir ''", "--proj_dir"),
     ("--proj_dir " + "a/" * 30 + "a" * 300, "--proj_dir a+…: a name of 300 letters is too long"),
-    ("--data_file " + "a" * 300, "a+: File name too long; check the path$"),
+    ("--data_file " + "a" * 300, ".*File name too long"),
     ("--load_model " + "a" * 300 + ".pth", "a+.pth: .*File name too long"),
     ("--sft_field nope response", ".*no field 'nope'"),
     ("--ctx_len 1", ".*--ctx_len 1 .*--overlong.* .--overlong: of today's line, docs/migration.md.$"),
@@ -328,7 +373,7 @@ ERRORS = [(BASE + flags, message) for flags, message in ERRORS] + [
     (OLD_ALL + FLAT + '--my_testing "x060"  --dataload pad --PISSA --svd_niter 4 --wandb long --train_type infctx '
      "--chunk_ctx 2048 --fla", "--train_type infctx: infinite context is not there yet"),
     (OLD_ALL + "--dataload pad --loss_mask se --mask_id '{\"mask0\":\"<ltoken>\",\"mask01\":\"<rtoken>\"}' " + BONE,
-     "--loss_mask se: .*not there yet"),
+     "--mask_id: mask01 is no key of it; did you mean mask"),
     (OLD_ALL + '--my_testing "x060" --LISA --lisa_r 2 --lisa_k 100', "--LISA: LISA is not there"),
     (ALL.removeprefix("--load_model $load_model ") + SFT, "--load_model: missing; training a new model"),
     (OLD_ALL.removeprefix("--load_model $load_model ").replace("gpu", "xpu") + '--train_type "finetune" --fla',
@@ -340,7 +385,9 @@ ERRORS = [(BASE + flags, message) for flags, message in ERRORS] + [
 def test_errors_are_one_line(
     line: str, message: str, tmp_path: Path, model_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    words = shell(line, tmp_path, model_file(), vocab_size="65536")
+    (tmp_path / "text.txt").write_text("Hello. " * 20)
+    files = {"text": str(tmp_path / "text.txt"), "binidx": str(pair(tmp_path))}
+    words = shell(line, tmp_path, model_file(), vocab_size="65536", **files)
     assert main(["train", *words]) == 2
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 1
@@ -369,7 +416,7 @@ def test_a_line_without_a_version_means_the_files(
 def test_what_is_new_about_time_is_said(
     tmp_path: Path, model_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    line = MODEL + SFT + "--ctx_len 32 --micro_bsz 2 --epoch_steps 1 --epoch_count 1 --peft lora "
+    line = MODEL + SFT + "--ctx_len 256 --micro_bsz 2 --epoch_steps 1 --epoch_count 1 --peft lora "
     for flags, said in (("", True), ("--train_parts ln ", False)):
         model = model_file()
         assert main(["train", *shell(line + flags, tmp_path, model, proj_dir=str(tmp_path / f"o{said}"))]) == 0
@@ -393,16 +440,116 @@ def test_a_file_of_another_rank_is_gone_on_with(tmp_path: Path, model_file: Call
     assert message == "--disha_config r 64: has 5; --lora_alpha --seed-x a/--rank `--lr_init`"
 
 
-def test_loss_mask_qa_needs_lines_that_tell_answers_apart(tmp_path: Path) -> None:
-    claims = {"loss_mask": "qa"}
-    assert check_claims(claims, "unread", [data(tmp_path)]) == []
-    (tmp_path / "text.jsonl").write_text('\n{"text": "User: Hi\\n\\nAssistant: Hello!"}\n')
-    for lines in (["text"], ["messages", "text"]):
-        both = [json.dumps({name: []}) for name in lines]
-        (tmp_path / "text.jsonl").write_text("\n".join(["", *both]))
-        with pytest.raises(ConfigError, match=r"--loss_mask qa: .*text\.jsonl holds lines of text, .*messages"):
-            check_claims(claims, "unread", [tmp_path / "text.jsonl"])
-    assert translate([*NEEDED, "--data_type", "sft", "--loss_mask", "qa"]).claims == claims
+# --- what of the data is learnt
+
+QA = "User: 1?\n\nAssistant: 2.\n\nUser: 3?\n\nAssistant: User"
+TEXTS = (QA, "no marks", "<q>a<a>b<q>c")
+PROMPT = (  # of the original's rwkvt/dataset/SFTdataset.py
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
+MASKED_QA = "[User: 1?\n\n]Assistant: 2.\n\n[User: 3?\n\n]Assistant: User∅"
+# flags, context length: the rows, in brackets what is not learnt, in the order of the data; ∅ is token 0
+LEARNT: list[tuple[str, int, list[str]]] = [
+    ("--data_type sft --sft_field query response", 999,
+     [f"[{PROMPT.format('1?')}]2\n\x17", f"[{PROMPT.format('3?')}]4\n\x17"]),
+    ("--data_type sft --sft_field query response --sft_split train[1:] --loss_mask pad", 999,
+     [f"[{PROMPT.format('3?')}]4\n\x17"]),
+    ("--data_type sft", 999, ["[User: Hi\n\nAssistant:] Hello!∅"] * 2),
+    ("--data_type jsonl", 999, ["[User: Hi\n\nAssistant:] Hello!∅"] * 2),
+    ("--data_type jsonl --loss_mask pad", 999, ["[U]ser: Hi\n\nAssistant: Hello!∅"] * 2),
+    ("--data_type jsonl --loss_mask qa", 999, ["[User: Hi\n\n]Assistant: Hello!∅"] * 2),
+    ("--data_type jsonl --data_file $texts", 999, [f"[{text[0]}]{text[1:]}∅" for text in TEXTS]),
+    ("--data_type jsonl --data_file $texts --loss_mask qa", 999,
+     [MASKED_QA, "[n]o marks∅", "[<]q>a<a>b<q>c∅"]),
+    ("--data_type jsonl --data_file $texts --loss_mask se --mask_id '{\"mask0\":\"<q>\",\"mask1\":\"<a>\"}'", 999,
+     [f"[U]{QA[1:]}∅", "[n]o marks∅", "[<q>a]<a>b[<q>c∅]"]),
+    ("--data_type jsonl --data_file $texts --loss_mask se", 999,  # from a 1 to the next 0, of which there is none
+     ["[User: ]1" + QA.partition("1")[2] + "∅", "[n]o marks∅", "[<]q>a<a>b<q>c∅"]),
+    ("--data_type binidx --data_file $binidx", 999, [f"[{text[0]}]{text[1:]}∅" for text in TEXTS]),
+    ("--data_type binidx --data_file $binidx --loss_mask pad", 4, ["[U]ser:", "[n]o ma", "[<]q>a<"]),
+    ("--data_type binidx --data_file $binidx --loss_mask qa", 999, [MASKED_QA, "[n]o marks∅", "[<]q>a<a>b<q>c∅"]),
+    ("--data_type binidx --data_file $binidx --dataload only --micro_bsz 1", 5, ["[U]ser: ", "[n]o mar", "[<]q>a<a"]),
+]  # fmt: skip
+
+
+def shown(row: Any) -> str:
+    """The text of a row of bytes, in brackets what is not learnt; ∅ is token 0."""
+    marks = [("" if a == b else "]" if b else "[") for a, b in itertools.pairwise([True, *row.target.tolist(), True])]
+    letters = ["∅" if i == 0 else chr(i - 1) for i in row.ids.tolist()]
+    return "".join(map(str.__add__, marks, [*letters, ""]))
+
+
+def line_for(flags: str, folder: Path, model: Path, ctx_len: int) -> list[str]:
+    """A line with these flags, on two examples of fields and on TEXTS."""
+    lines = [{"query": f"{i}?", "response": str(i + 1), "messages": MESSAGES} for i in (1, 3)]
+    (folder / "lines.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (folder / "texts.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    (folder / "text.txt").write_text("".join(TEXTS))
+    files = {"data_file": "lines.jsonl", "texts": "texts.jsonl", "text": "text.txt"}
+    (folder / "other").mkdir()
+    names = {name: str(folder / file) for name, file in files.items()} | {"binidx": str(pair(folder / "other", TEXTS))}
+    return shell(MODEL + f"--ctx_len {ctx_len} --peft lora " + flags, folder, model, **names)
+
+
+@pytest.mark.parametrize(("flags", "ctx_len", "rows"), LEARNT, ids=[f"{flags}, {n}" for flags, n, _ in LEARNT])
+def test_what_of_the_data_is_learnt(
+    flags: str, ctx_len: int, rows: list[str], tmp_path: Path, model_file: Callable[..., Path]
+) -> None:
+    config = config_of(line_for(flags, tmp_path, model_file(), ctx_len), say=lambda note: None)
+    config.check()
+    dataset = load_dataset(config, Tokenizer.byte())
+    assert [shown(dataset.piece(i)) for i in range(len(dataset.pieces))] == rows
+    batches = Sampler.of(config.resolved(), dataset).step(0)
+    assert sum(len(batch.tokens) for batch in batches) == min(len(rows), config.micro_batch or 0)
+    assert all(batch.cu_seqlens is None for batch in batches)
+
+
+@pytest.mark.parametrize(
+    ("flags", "stream"),
+    [
+        ("--data_type binidx --data_file $binidx --dataload get", "".join(f"{text}∅" for text in TEXTS)),
+        ("--data_type utf-8 --data_file $text", "".join(TEXTS) + "∅"),
+        ("--data_file $text", "".join(TEXTS) + "∅"),
+    ],
+)
+def test_windows_of_a_stream(flags: str, stream: str, tmp_path: Path, model_file: Callable[..., Path]) -> None:
+    config = config_of(line_for(flags, tmp_path, model_file(), ctx_len=8), say=lambda note: None)
+    config.check()
+    assert config.without_effect() == []
+    dataset = load_dataset(config, Tokenizer.byte())
+    (batch,) = Sampler.of(config.resolved(), dataset).step(0)
+    ids = torch.cat([batch.tokens, batch.labels.reshape(-1, 8)[:, -1:]], 1)
+    rows = ["".join("∅" if i == 0 else chr(i - 1) for i in row) for row in ids.tolist()]
+    assert len(rows) == min(12, math.ceil((len(stream) - 1) / 8))
+    assert all(len(row) == 9 and row in stream for row in rows)
+    assert {stream.index(row) % 8 for row in rows} != {0}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--data_type binidx --data_file $binidx --dataload get --loss_mask qa", "get: "),
+        ("--data_type binidx --data_file $binidx --dataload only --micro_bsz 1", "only: 3 rows an epoch"),
+        ("--data_file $text --ctx_len 8", "get: "),
+        ("--data_type jsonl --data_file $texts --loss_mask se", "pad: 3 rows an epoch"),
+    ],
+)
+def test_all_ways_to_fill_rows_run_and_run_again(
+    flags: str, said: str, tmp_path: Path, model_file: Callable[..., Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The second time from the settings that the line was translated to."""
+    steps = " --epoch_steps 2 --epoch_count 1"
+    words = line_for(flags + steps, tmp_path, model_file(), ctx_len=16)
+    assert main(["train", *words]) == 0
+    assert f"rows; {said}" in capsys.readouterr().out
+    assert main(["train", "--config", str(tmp_path / "out" / "config.yaml"), "--out", str(tmp_path / "new")]) == 0
+    losses = [
+        [json.loads(line)["loss"] for line in (tmp_path / out / "metrics.jsonl").read_text().splitlines()]
+        for out in ("out", "new")
+    ]
+    assert len(losses[0]) == 2
+    assert losses[0] == losses[1]
 
 
 # --- the translation
@@ -414,6 +561,7 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
         "max_steps": 500_000, "lr": 6e-4, "lr_final": 1e-5, "schedule": "cosine", "warmup_steps": 0,
         "betas": [0.9, 0.99], "adam_eps": 1e-8, "weight_decay": 0.0, "optim": "adamw", "layerwise_lr": True,
         "seed": 0, "ctx_len": 1024, "overlong": "truncate", "grad_checkpoint": False, "device": "auto",
+        "sampling": "pad", "mask": "auto", "template": None, "fields": None, "split": None,
     }),
     ("--peft lora", {"rank": 8, "alpha": 32.0, "dropout": 0.01, "train_parts": ["time", "ln"]}),
     ("--peft pissa", {"rank": 8, "svd_iterations": 4, "alpha": None, "dropout": None}),
@@ -464,13 +612,44 @@ VALUES: list[tuple[str, dict[str, Any]]] = [
     ("--random_seed 5 --grad_cp 1 --accelerator cpu", {"seed": 5, "grad_checkpoint": True, "device": "cpu"}),
     ("--precision bf16", {"precision": "bf16"}),
     ("--precision tf32", {"precision": "fp32"}),
-    ("--sft_field q a --sft_split train[:9]", {"fields": ["q", "a"], "split": "train[:9]"}),
+    ("--sft_field q a --sft_split train[:9]", {"fields": ["q", "a"], "split": "train[:9]", "template": None}),
+    ("--data_type sft --sft_field q a --loss_mask qa --dataload get",
+     {"fields": ["q", "a"], "template": "instruction", "sampling": "pad", "windows": None, "mask": "auto"}),
+    ("--data_type sft --data_file meta-math/MetaMathQA", {"data": ["meta-math/MetaMathQA"], "template": None}),
+    ("--data_type jsonl --data_file meta-math/MetaMathQA", {"data": ["meta-math/MetaMathQA"], "sampling": "pad"}),
+    ("--data_type jsonl --loss_mask pad --dataload only", {"mask": "pad", "sampling": "pad", "micro_batch": 12}),
+    ("--loss_mask qa", {"mask": "qa", "mask_id": None}),
+    ("--loss_mask se", {"mask": "se", "mask_id": '{"mask0": "0", "mask1": "1"}'}),
+    ("--loss_mask se --mask_id '{\"mask1\":\"ja…\"}'", {"mask_id": '{"mask0": "0", "mask1": "ja…"}'}),
+    ("--data_type binidx --data_file p", {"data": ["p"], "sampling": "pad", "overlong": "truncate", "mask": "auto"}),
+    ("--data_type binidx --data_file p.bin --dataload pad --loss_mask se", {"data": ["p.bin"], "mask": "se"}),
+    ("--data_type binidx --data_file p.idx --dataload only --micro_bsz 1",
+     {"sampling": "only", "micro_batch": 1, "overlong": "truncate", "windows": None}),
+    ("--data_type binidx --data_file p --dataload get --loss_mask qa",
+     {"sampling": "get", "windows": "random", "overlong": None, "mask": "qa"}),
+    ("--data_type binidx --data_file d.jsonl.gz --dataload get", {"sampling": "get", "windows": "random"}),
+    ("--data_type binidx --data_file folder --dataload get", {"data": ["folder"], "sampling": "get"}),
+    ("--data_file folder", {"data": ["folder"], "sampling": "pad", "overlong": "truncate"}),
+    ("--data_type utf-8 --data_file folder", {"data": ["folder"], "sampling": "get"}),
+    ("--data_file t.txt", {"data": ["t.txt"], "sampling": "get", "windows": "random", "overlong": None}),
+    ("--data_type UTF8 --data_file t.txt --loss_mask pad", {"sampling": "get", "mask": "pad"}),
+    ("--data_type ascii --data_file t.txt --dataload pad", {"sampling": "get"}),
+    ("--data_type numpy --data_file d.CSV", {"data": ["d.CSV"], "sampling": "pad"}),
     ("--ctx-len=64 --micro-bsz 3 --micro_bsz 4", {"ctx_len": 64, "micro_batch": 4}),
 ]  # fmt: skip
 
 
+@pytest.fixture
+def some_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What VALUES and NOTES name as data and is looked for, in the folder where the test runs."""
+    for name in ("p.idx", "p.bin", "t.txt"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder").mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
 @pytest.mark.parametrize(("line", "values"), VALUES, ids=[line or "nothing" for line, _ in VALUES])
-def test_values(line: str, values: dict[str, Any]) -> None:
+def test_values(line: str, values: dict[str, Any], some_data: None) -> None:
     translated = translate([*NEEDED, *shlex.split(line)]).values
     assert {name: translated.get(name) for name in values} == values
     for name, value in translated.items():
@@ -481,15 +660,34 @@ NOTES = [
     ("", []),
     ("--optim adam_mini", ["--optim adam_mini: runs as adamw"]),
     ("--n_embd 64 --quant none --wandb '' --strategy auto --devices 1 --num_nodes 1", []),
-    ("--pre_ffn 0 --head_qk 0 --loss_mask pad --dataload pad --epoch_begin 0 --mask_id {}",
-     ["--loss_mask --dataload --epoch_begin --mask_id: nothing to do"]),
+    ("--pre_ffn 0 --head_qk 0 --loss_mask pad --dataload pad --epoch_begin 0 --mask_id {} --my_pile_version 1 "
+     "--my_pile_stage 0 --magic_prime 0", ["--epoch_begin --magic_prime: nothing to do"]),
+    ("--magic_prime 2926181 --my_sample_len 8",
+     ["--magic_prime 2926181: computed from the data", "--my_sample_len 8: the length of the samples of uint16"]),
     ("--op fla --fla", ["--op fla: the best operator", "--fla: the best operator"]),
     ("--strategy deepspeed_stage_2_offload",
      ["--strategy deepspeed_stage_2_offload: one device needs none; .*not there yet"]),
     ("--wandb project", ["--wandb project: not there yet; metrics.jsonl"]),
     ("--epoch_save 1", ["--epoch_save 1: .*not there yet"]),
     ("--chunk_ctx 512", ["--chunk_ctx 512: .*not there yet"]),
-    ("--dataload get", ["--dataload get: a row is one example"]),
+    ("--dataload get", ["--dataload get: a row is one example, padded, as in the original"]),
+    ("--data_type sft --sft_field q a", []),
+    ("--data_type sft --sft_field q a --dataload only --loss_mask se",
+     ["--dataload only: a row is one example", "--loss_mask se: no effect with --data_type sft, as in the original"]),
+    ("--data_type sft --sft_field q a --dataload pad --loss_mask none", []),
+    ("--data_type jsonl --loss_mask se", ["--loss_mask se: holds for JSONL too"]),
+    ("--data_type jsonl --loss_mask pad", []),
+    ("--data_type binidx --data_file p --dataload get --loss_mask qa", []),
+    ("--data_type binidx --data_file p --sft_field q a",
+     ["--sft_field q a: no effect, as in the original: binidx has no fields"]),
+    ("--data_type binidx", ["--data_type binidx: d.jsonl is JSONL, and read as such"]),
+    ("--data_type binidx --data_file x/d.json.zst", ["--data_type binidx: d.json.zst is JSON, and read as such"]),
+    ("--data_type dummy --data_file d.parquet", ["--data_type dummy: d.parquet is PARQUET, and read as such"]),
+    ("--data_file t.txt", ["--data_type utf-8: text, read with the model's tokenizer; the original made a vocabulary"]),
+    ("--data_type utf-8 --data_file t.txt --dataload pad --sft_field q a",
+     ["--data_type utf-8: text", "--sft_field q a: no effect, as in the original: text has no fields",
+      "--dataload pad: no effect on text"]),
+    ("--data_file t.txt --dataload get", ["--data_type utf-8: text"]),
     ("--data_shuffle 0", ["--data_shuffle 0: rows come in a random order"]),
     ("--data_type sft", ["--data_type sft: prompts take RWKV's own form"]),
     ("--lr_schedule wsd", ["--lr_schedule wsd: a warm-up of 100 steps and a cosine to 0, .*--schedule wsd"]),
@@ -505,16 +703,18 @@ NOTES = [
     ("--peft bone --bone_config '{\"bone_r\":8}'",
      ["--bone_config {\"bone_r\":8}: Bone, while it had no bone_mode, was"]),
     ("--peft lora --my_testing x070", ["--train_parts time: in RWKV-7 x_"]),
-    ("--loss_mask qa --sft_field q a", ["--loss_mask qa: only answers train"]),
-    ("--mask_id '{\"mask0\":\"a\"}'", ["--mask_id {\"mask0\":\"a\"}: for --loss_mask se"]),
+    ("--loss_mask qa", ["--loss_mask qa: holds for JSONL too, of which the original trained on all"]),
+    ("--mask_id '{\"mask0\":\"a\"}'", ["--mask_id {\"mask0\":\"a\"}: no effect: it is for --loss_mask se$"]),
+    ("--data_type binidx --data_file p --loss_mask qa --mask_id '{\"mask01\":\"a\"}'",
+     ["--mask_id {\"mask01\":\"a\"}: no effect: it is for --loss_mask se, and for --loss_mask qa it is User: and"]),
     ("--merge 0 --fused_kernel --dropout 0.1", ["--merge 0: `rwkv-peft merge", "--fused_kernel: ", "--dropout 0.1: "]),
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize(("line", "notes"), NOTES, ids=[line or "nothing" for line, _ in NOTES])
-def test_notes(line: str, notes: list[str]) -> None:
+def test_notes(line: str, notes: list[str], some_data: None) -> None:
     said = translate([*NEEDED, *shlex.split(line)]).notes
-    assert len(said) == len(notes)
+    assert len(said) == len(notes), said
     assert all(re.match(pattern, note) for pattern, note in zip(notes, said, strict=True)), said
 
 
@@ -533,18 +733,6 @@ def test_claims_that_agree_are_silent(model_file: Callable[..., Path]) -> None:
     assert check_claims(claims, model_file()) == []
 
 
-def test_data_may_be_a_folder_or_said_to_be_something_else(tmp_path: Path) -> None:
-    for name in ("b.jsonl", "a.json", "notes.txt"):
-        (tmp_path / name).write_text("{}\n")
-    needed = ["--load_model", "m.pth", "--data_file"]
-    assert translate([*needed, str(tmp_path)]).values["data"] == [str(tmp_path / "a.json"), str(tmp_path / "b.jsonl")]
-    told = translate([*needed, str(tmp_path / "b.jsonl"), "--data_type", "binidx"])
-    assert told.notes == ["--data_type binidx: b.jsonl is JSONL, and read as such"]
-    (tmp_path / "empty").mkdir()
-    with pytest.raises(ConfigError, match="empty: a folder without"):
-        translate([*needed, str(tmp_path / "empty")])
-
-
 @pytest.mark.parametrize(
     ("line", "old"),
     [
@@ -558,6 +746,12 @@ def test_data_may_be_a_folder_or_said_to_be_something_else(tmp_path: Path) -> No
 )
 def test_what_is_read_as_old(line: str, old: bool) -> None:
     assert is_old(line.split()) == old
+
+
+def test_messages_are_in_the_words_of_the_line() -> None:
+    message = "--sampling a --windows b --mask c --mask-id d --template e"
+    said = "--dataload a --windows b --loss_mask c --mask_id d --template e"
+    assert reworded(message, NEEDED) == f"{said} (--windows --template: of today's line, docs/migration.md)"
 
 
 # --- the table and its page
@@ -583,7 +777,7 @@ def test_a_row_says_what_becomes_of_the_flag(name: str) -> None:
         assert not row.settings
 
 
-def test_what_lines_are_translated_to_is_in_the_table() -> None:
+def test_what_lines_are_translated_to_is_in_the_table(some_data: None) -> None:
     mapped = {setting for row in TABLE.values() if row.kind == "mapped" for setting in row.settings}
     assert {name for line, _ in VALUES for name in translate([*NEEDED, *shlex.split(line)]).values} == mapped
 
@@ -616,23 +810,25 @@ def test_the_help_names_the_page(capsys: pytest.CaptureFixture[str]) -> None:
     ],
 )  # fmt: skip
 def test_split(split: str, chosen: range) -> None:
-    assert list(range(10))[choose(split, 10)] == list(chosen)
+    assert list(range(10))[Split.parse(split).of(10)] == list(chosen)
 
 
 @pytest.mark.parametrize(
-    "split", ["", "test", "train[", "train[3]", "train[1:2:3]", "train[a:]", "train[:1.5%]", "train[:3]+train[5:]"]
+    "split", ["", "train[", "train[3]", "train[1:2:3]", "train[a:]", "train[:1.5%]", "train[:3]+train[5:]"]
 )
 def test_a_split_of_another_form(split: str) -> None:
     with pytest.raises(ConfigError, match=re.escape(f"--split {split}: no known form; write train, train[:1000]")):
-        choose(split, 10)
+        Split.parse(split)
 
 
 def test_a_split_chooses_examples_and_says_how_many(tmp_path: Path) -> None:
-    config = TrainConfig(Path("m"), [data(tmp_path)], Path("o"), fields=("query", "response"), split="train[50%:5]")
+    config = TrainConfig(
+        Path("m"), [str(data(tmp_path))], Path("o"), fields=("query", "response"), split="train[50%:5]"
+    )
     dataset = load_dataset(config, Tokenizer.byte())
-    texts = [bytes(i - 1 for i in row.ids[:-1]).decode() for row in dataset.rows]
-    assert texts == ["User: 3?\n\nAssistant: 3", "User: 4?\n\nAssistant: 4"]
-    assert dataset.summary().startswith("2 of 6 examples (train[50%:5]), 2 rows")
+    texts = [shown(dataset.piece(i)) for i in range(len(dataset.pieces))]
+    assert texts == ["[User: 3?\n\nAssistant:] 3∅", "[User: 4?\n\nAssistant:] 4∅"]
+    assert dataset.summary().startswith("2 of 6 examples (train[50%:5]), ")
     config.split = "train[6:]"
     with pytest.raises(DataError, match=r"--split train\[6:\]: none of the 6 examples"):
         load_dataset(config, Tokenizer.byte())

@@ -26,8 +26,10 @@ from rwkv_peft.adapters import read_adapter
 from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig, TrainConfig
+from rwkv_peft.data.batches import Batch, padded
+from rwkv_peft.data.dataset import Dataset, load_dataset, load_for_training
 from rwkv_peft.data.masking import Encoded
-from rwkv_peft.data.sampling import Batch, Dataset, collate, load_dataset, step_batches
+from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError, TrainingError
 from rwkv_peft.models import Rwkv
@@ -54,11 +56,12 @@ def data(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def config(tmp_path: Path, data: Path, model_file: Callable[..., Path]) -> TrainConfig:
-    """A small run, without warm-up."""
+    """A small run, without warm-up, one example a row."""
     return TrainConfig(
         model_file(),
-        [data],
+        [str(data)],
         tmp_path / "run",
+        sampling="pad",
         rank=4,
         micro_batch=4,
         max_steps=3,
@@ -140,16 +143,27 @@ def assert_same(got: tuple[float, dict[str, Tensor]], want: tuple[float, dict[st
 SPLITS = [(8, 1), (4, 2), (2, 4), (1, 8), (3, 3)]
 
 
+def rows_of(dataset: Dataset) -> list[Encoded]:
+    return [dataset.piece(i) for i in range(len(dataset.pieces))]
+
+
+@pytest.mark.parametrize("sampling", ["pack", "pad", "left"])
 @pytest.mark.parametrize(("micro_batch", "grad_accum"), SPLITS)
 def test_a_step_is_its_formula_however_it_is_cut(
-    micro_batch: int, grad_accum: int, model: Rwkv, dataset: Dataset
+    sampling: Any, micro_batch: int, grad_accum: int, model: Rwkv, dataset: Dataset
 ) -> None:
-    batches = step_batches(dataset, 0, micro_batch, grad_accum, seed=0)
-    same_rows = step_batches(dataset, 0, micro_batch * grad_accum, 1, seed=0)[0]
+    """However its rows are laid out: side by side, or padded on either side."""
+    dataset = replace(dataset, ctx_len=100)  # so that a packed row holds a few
+    if sampling == "left":
+        sampler = Sampler(dataset, "pad", micro_batch, grad_accum, pad_side="left")
+    else:
+        sampler = Sampler(dataset, sampling, micro_batch, grad_accum)
+    batches = sampler.step(0)
     assert len({len(b.labels) for b in batches}) > 1 or len(batches) == 1  # answers differ in length
-    order = np.random.default_rng([0, 0]).permutation(len(dataset.rows))[: micro_batch * grad_accum]
-    rows = [dataset.rows[i] for i in order]
-    assert sum(row.targets for row in rows) == len(same_rows.labels)
+    size = micro_batch * grad_accum
+    rows = [dataset.piece(int(i)) for row in range(min(size, len(sampler.rows(0)))) for i in sampler.rows(0)[row]]
+    assert sampling == "pack" or len(rows) == size
+    assert sum(row.targets for row in rows) == sum(len(batch.labels) for batch in batches)
     assert_same(step(model, batches), by_formula(model, rows), 1e-5)
 
 
@@ -157,7 +171,7 @@ def test_a_step_is_its_formula_however_it_is_cut(
 def test_a_step_with_the_loss_in_pieces(
     chunk: int, model: Rwkv, dataset: Dataset, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    batches = step_batches(dataset, 0, 4, 2, seed=0)
+    batches = Sampler(dataset, "pad", 4, 2).step(0)
     want = step(model, batches)
     monkeypatch.setattr("rwkv_peft.ops.loss.MOST_LOGITS", chunk)
     assert_same(step(model, batches), want, 1e-5)
@@ -165,9 +179,9 @@ def test_a_step_with_the_loss_in_pieces(
 
 def test_padding_changes_nothing(model: Rwkv, dataset: Dataset) -> None:
     """Not even its content: a long row beside short ones is the sum of each alone."""
-    rows = sorted(dataset.rows, key=lambda row: -row.inputs)
+    rows = sorted(rows_of(dataset), key=lambda row: -row.inputs)
     rows = [rows[0], *rows[-3:]]
-    batch = collate(rows)
+    batch = padded(rows)
     padding = torch.arange(batch.tokens.shape[1])[None] >= torch.tensor([[row.inputs] for row in rows])
     assert padding.sum() > 100
     assert not bool(batch.tokens[padding].any())
@@ -178,12 +192,12 @@ def test_padding_changes_nothing(model: Rwkv, dataset: Dataset) -> None:
     assert again[0] == got[0]
     assert all(torch.equal(again[1][n], got[1][n]) for n in got[1] if n != "emb.weight")
     assert_same(again, got, 1e-6)
-    assert_same(step(model, [collate([row]) for row in rows]), got, 1e-5)
+    assert_same(step(model, [padded([row]) for row in rows]), got, 1e-5)
 
 
 @pytest.mark.parametrize("max_norm", [0.0, 0.1, 1e9])
 def test_clipping(max_norm: float, model: Rwkv, dataset: Dataset) -> None:
-    batch = step_batches(dataset, 0, 4, 1, seed=0)[0]
+    batch = Sampler(dataset, "pad", 4).step(0)[0]
     batch_loss(model, batch, 0.0)[0].backward()
     trained = [p for p in model.parameters() if p.requires_grad]
     before = [p.grad.clone() for p in trained if p.grad is not None]
@@ -310,10 +324,10 @@ def test_what_a_run_leaves(config: TrainConfig) -> None:
     assert (config.out / "config.yaml").read_text() == to_yaml(config.resolved())
     assert (config.out / "loss.png").read_bytes().startswith(b"\x89PNG\r\n\x1a\n")
     records = metrics(result)
-    keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "vram_gib"]
+    keys = ["step", "tokens", "loss", "lr", "grad_norm", "tokens_per_s", "vram_gib", "eval_loss", "eval_perplexity"]
     assert all(list(record) == keys for record in records)
     assert [record["step"] for record in records] == [1, 2, 3, 4, 5, 6]
-    rows = load_dataset(config, Tokenizer.byte()).rows
+    rows = rows_of(load_dataset(config, Tokenizer.byte()))
     assert records[2]["tokens"] == sum(row.inputs for row in rows)  # one epoch, padding not counted
     assert records[5]["tokens"] == 2 * records[2]["tokens"]
     assert all(record["tokens_per_s"] > 0 for record in records)
@@ -326,7 +340,7 @@ def test_what_a_run_leaves(config: TrainConfig) -> None:
 def test_the_adapter_is_what_was_trained(config: TrainConfig) -> None:
     """Loaded again, it gives a lower loss on the run's data than the base."""
     result = run(config, max_steps=10, lr=1e-2)
-    batch = collate(load_dataset(config, Tokenizer.byte()).rows)
+    batch = padded(rows_of(load_dataset(config, Tokenizer.byte())))
     base = rp.load_model(config.model)
     with torch.no_grad():
         before = float(batch_loss(base, batch, 0.0)[0])
@@ -358,6 +372,74 @@ def test_bf16_is_near_float32(peft: Any, config: TrainConfig, tmp_path: Path) ->
     assert got.losses != want.losses
     tensors = read_tensors(got.result if peft == "full" else got.result / "adapter_model.safetensors")
     assert {t.dtype for t in tensors.values()} == {torch.float32}
+
+
+# --- evaluation
+
+
+def test_evaluation_while_training(config: TrainConfig, data: Path) -> None:
+    """The loss on other examples is that of the model after each step; the best adapter is kept."""
+    result = run(config, eval_fraction=0.25, eval_every=2, max_steps=5, lr=1e-2)
+    records = metrics(result)
+    assert [record["step"] for record in records if record["eval_loss"] is not None] == [2, 4, 5]
+    assert list(result.eval_losses) == [2, 4, 5]
+    assert all(r["eval_perplexity"] == pytest.approx(math.exp(r["eval_loss"])) for r in records if r["eval_loss"])
+    assert result.best == config.out / "best" / "adapter"
+    _, held = load_for_training(replace(config, eval_fraction=0.25), Tokenizer.byte())
+    assert held is not None
+    for folder, loss in ((result.result, result.eval_losses[5]), (result.best, min(result.eval_losses.values()))):
+        model = rp.load_adapter(rp.load_model(config.model), folder)
+        total = sum(by_formula(model, [row])[0] * row.targets for row in rows_of(held))
+        assert total / held.target_tokens == pytest.approx(loss, rel=1e-5)
+    log = (config.out / "log.txt").read_text()
+    assert "eval   3 examples" in log
+    assert "9 examples" in log
+    assert "best after " in log
+
+
+def test_evaluation_data_of_its_own(config: TrainConfig, tmp_path: Path) -> None:
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "hello", "response": "world"}\n')
+    result = run(config, eval_data=(str(other),), max_steps=2)
+    assert list(result.eval_losses) == [1, 2]
+    assert "eval   1 example, " in (config.out / "log.txt").read_text()
+
+
+def test_training_stops_when_it_gets_no_better(config: TrainConfig) -> None:
+    """With a rate so high that the first step is the best."""
+    result = run(config, eval_fraction=0.25, eval_every=1, patience=2, max_steps=40, lr=3.0, schedule="constant")
+    best = min(result.eval_losses, key=lambda step: result.eval_losses[step])
+    assert result.steps == best + 2 < 40
+    assert not result.interrupted
+    assert f"stopped, since it got no better, after {result.steps} steps" in (config.out / "log.txt").read_text()
+
+
+def test_evaluating_changes_nothing(config: TrainConfig, tmp_path: Path) -> None:
+    """Not even with dropout: the run is the same as without."""
+    plain = run(config, dropout=0.3, max_steps=3)
+    other = tmp_path / "other.jsonl"
+    other.write_text('{"prompt": "hello", "response": "world"}\n')
+    watched = run(config, dropout=0.3, max_steps=3, eval_data=(str(other),), eval_every=1, out=tmp_path / "watched")
+    assert plain.losses == watched.losses
+    assert adapter_bytes(plain) == adapter_bytes(watched)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"eval_fraction": 1.0}, "--eval-fraction 1.0: must be from 0 to below 1"),
+        ({"eval_fraction": 0.1, "eval_data": ("a",)}, "--eval-fraction: not with --eval-data"),
+        ({"eval_every": 3}, "--eval-every: only with --eval-fraction or --eval-data"),
+        ({"patience": 3}, "--patience: only with --eval-fraction or --eval-data"),
+        ({"eval_fraction": 0.1, "patience": 0}, "--patience 0: must be at least 1"),
+        ({"sampling": "only", "micro_batch": 2}, "--micro-batch 2: must be 1 with --sampling only"),
+        ({"eval_fraction": 0.99}, "--eval-fraction 0.99: nothing of 12 examples would be left"),
+    ],
+)
+def test_evaluation_that_cannot_be(settings: dict[str, Any], message: str, config: TrainConfig) -> None:
+    with pytest.raises(ConfigError, match=f"^{message}"):
+        run(config, **{"micro_batch": None, **settings})
+    assert not config.out.exists()
 
 
 # --- runs that end early
@@ -399,7 +481,7 @@ def test_nan_in_the_first_step_leaves_nothing(config: TrainConfig, monkeypatch: 
 @pytest.mark.parametrize(
     ("changes", "error"),
     [
-        ({"data": [Path("nowhere.jsonl")]}, DataError),
+        ({"data": ["nowhere.jsonl"]}, DataError),
         ({"model": Path("nowhere.pth")}, RwkvPeftError),
         ({"targets": ("qkv",)}, ConfigError),
         ({"train_parts": ("lnn",)}, ConfigError),
@@ -478,13 +560,15 @@ def test_what_was_trained_is_kept_whatever_breaks(
     def fail(*args: Any) -> None:
         raise MemoryError("no more")
 
-    def batches(data: Dataset, step: int, *settings: Any) -> list[Batch]:
-        return fail() if step == 2 else step_batches(data, step, *settings)  # type: ignore[func-returns-value]
+    whole = Sampler.step
+
+    def batches(sampler: Sampler, step: int, *settings: Any) -> list[Batch]:
+        return fail() if step == 2 else whole(sampler, step, *settings)  # type: ignore[func-returns-value]
 
     if broken == "picture":
         monkeypatch.setattr("rwkv_peft.training.metrics.draw_losses", fail)
     else:
-        monkeypatch.setattr(loop, "step_batches", batches)
+        monkeypatch.setattr(Sampler, "step", batches)
     with pytest.raises(MemoryError, match="no more"):
         run(config, max_steps=4)
     model = rp.load_adapter(rp.load_model(config.model), config.out / "adapter")

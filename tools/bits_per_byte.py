@@ -10,7 +10,8 @@ import torch
 
 from rwkv_peft import load_model
 from rwkv_peft.config import TrainConfig
-from rwkv_peft.data.sampling import load_dataset, step_batches, steps_per_epoch
+from rwkv_peft.data.dataset import load_dataset
+from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.tokenizer import tokenizer_for
 from rwkv_peft.training.step import batch_loss
 
@@ -22,11 +23,12 @@ def main() -> None:
     parser.add_argument("text", type=Path)
     args = parser.parse_args()
     model = load_model(args.model)
-    config = TrainConfig(args.model, [args.text], Path("unused"), ctx_len=2048)
+    config = TrainConfig(args.model, [str(args.text)], Path("unused"), ctx_len=2048)
     data = load_dataset(config, tokenizer_for("byte", model.sizes.vocab_size))
     nats = targets = 0.0
-    for step in range(steps_per_epoch(data, config.micro_batch, 1)):
-        for batch in step_batches(data, step, config.micro_batch, 1, seed=0):
+    sampler = Sampler(data, shuffle=False)
+    for step in range(sampler.steps(0)):
+        for batch in sampler.step(step):
             nats += float(batch_loss(model, batch, 0.0)[0])
             targets += len(batch.labels)
     print(f"{nats / targets / math.log(2):.4f} bits per byte over {targets:,.0f} bytes and document ends")

@@ -6,44 +6,74 @@ import sys
 from dataclasses import replace
 
 from .config import ChatConfig, SamplingConfig
-from .data.chat import render_prompt
+from .data.templates import Message, Segment, Template, find_template
 from .inference import Session, open_session
 
 STOP = "\n\nUser:"  # the model goes on with the other's turn
 HELP = "Type to talk; /reset begins anew, /exit or Ctrl-D ends."
 
 
+class Conversation:
+    """What was said so far; the session has read it as it stands in training."""
+
+    def __init__(self, session: Session, template: Template, system: str, every_turn: bool) -> None:
+        self.session, self.template, self.every_turn = session, template, every_turn
+        self.first = [Message("system", system)] if system else []
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew."""
+        self.messages = list(self.first)
+        self.segments: list[Segment] = []
+        self.state = self.session.start
+
+    def ask(self, text: str) -> None:
+        """Let the session read the user's next message; of what it has read before, only what is new."""
+        if self.template.single_turn:
+            self.reset()
+        self.messages.append(Message("user", text))
+        segments = self.template.prompt_segments(self.messages, self.every_turn)
+        known = len(self.segments)
+        if segments[:known] != self.segments:
+            known, self.state = 0, self.session.start
+        self.session.state = self.state  # without the stop text, which the model may have begun to write
+        for segment in segments[known:]:
+            ids = self.session.tokenizer.encode(segment.text) + [self.session.stop_token] * segment.ends
+            if ids:
+                self.session.read(ids)
+        self.segments, self.state = segments, self.session.state
+
+    def reply(self, sampling: SamplingConfig) -> str:
+        """Print the answer, and remember it."""
+        sys.stdout.write(self.segments[-1].text.rpartition("\n\n")[2])  # `Assistant:`, and what else it begins with
+        pieces = []
+        for piece in self.session.write(sampling):
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+            pieces.append(piece)
+        sys.stdout.write("\n\n")
+        message = self.template.reply("".join(pieces))
+        if message.content.strip():
+            self.messages.append(message)
+        return message.content
+
+
 def run_chat(config: ChatConfig) -> None:
     """Read a line, answer it, and so on until the input ends."""
+    template = find_template(config.template)
     session = open_session(config)
+    if config.stop_token is None and template.stop is not None:
+        session.stop_token = session.tokenizer.stop_id(template.stop)
     sampling = replace(config.sampling, stop=config.sampling.stop or (STOP,))
+    conversation = Conversation(session, template, config.system, config.stop_token is not None)
     print(HELP)
-    first = True
     while (line := _ask()) is not None:
         if line == "/reset":
-            session.state, first = session.start, True
+            conversation.reset()
             print("(begun anew)")
         elif line:
-            messages = [("system", config.system)] if first and config.system else []
-            reply(session, render_prompt([*messages, ("user", line)]), sampling)
-            first = False
-
-
-def reply(session: Session, prompt: str, sampling: SamplingConfig) -> str:
-    """Print the answer to `prompt`, and leave the session as if it had read both, as in training."""
-    session.read(session.tokenizer.encode(prompt))
-    before = session.state
-    sys.stdout.write("Assistant:")
-    pieces = []
-    for piece in session.write(sampling):
-        sys.stdout.write(piece)
-        sys.stdout.flush()
-        pieces.append(piece)
-    sys.stdout.write("\n\n")
-    answer = "".join(pieces)
-    session.state = before  # without the stop text, which the model may have begun to write
-    session.read(session.tokenizer.encode(f" {answer.strip()}\n\n"))
-    return answer
+            conversation.ask(line)
+            conversation.reply(sampling)
 
 
 def _ask() -> str | None:

@@ -10,7 +10,9 @@ from pathlib import Path
 from rich.console import Console
 
 from .config import DemoConfig, TrainConfig
-from .data.text import read_examples
+from .data.examples import segments_of
+from .data.sources import read_items
+from .data.templates import find_template
 from .data.tokenizer import Tokenizer
 from .export.merge import merge
 from .files import write_text
@@ -57,14 +59,16 @@ def run_demo(config: DemoConfig) -> None:
 def demo_settings(out: Path) -> TrainConfig:
     """The training run of the demo."""
     return TrainConfig(
-        model=BASE, data=[TRAIN_DATA], out=out, peft="lora", rank=16, ctx_len=256, micro_batch=16, max_steps=100,
+        model=BASE, data=[str(TRAIN_DATA)], out=out, peft="lora", rank=16, ctx_len=256, micro_batch=6, max_steps=100,
         lr=2e-3, lr_final=1e-4, warmup_steps=5, device="cpu",
     ).resolved()  # fmt: skip
 
 
 def heldout() -> list[tuple[str, str]]:
     """Prompt and wanted answer of each held-out example."""
-    return [(prompt.text, answer.text.strip()) for prompt, answer in read_examples([HELDOUT], None, "stop").items]
+    template = find_template("rwkv")
+    pairs = [segments_of(item.value, None, template)[0] for item in read_items(str(HELDOUT))]
+    return [(prompt.text, answer.text.strip()) for prompt, answer in pairs]
 
 
 def score(model_file: Path) -> tuple[float, list[str]]:

@@ -23,6 +23,7 @@ class Session:
     def __init__(self, model: Rwkv, tokenizer: Tokenizer, state: ModelState | None = None) -> None:
         self.model, self.tokenizer, self.state = model, tokenizer, state
         self.start = state  # None is the model's own
+        self.stop_token = tokenizer.end_token  # ends an answer, and so does the end token
         self.logits: Tensor | None = None  # (V,) of the token that comes next
 
     @torch.no_grad()
@@ -43,7 +44,7 @@ class Session:
         for _ in range(sampling.max_tokens):
             assert self.logits is not None, "read something first"
             token = sample(self.logits, sampling.temperature, sampling.top_p, random)
-            if token == self.tokenizer.end_token:
+            if token in (self.tokenizer.end_token, self.stop_token):
                 break
             yield from stops.feed(decoder.feed(token))
             if stops.reached:
@@ -146,12 +147,16 @@ def open_session(config: InferenceConfig) -> Session:
     adapters = read_adapters(config.adapter, config.alpha, config.pissa_init)
     for path, saved in zip(config.adapter, adapters, strict=True):
         attach_saved(model, saved, path)
-    tokenizer = tokenizer_for(config.tokenizer, model.sizes.vocab_size)
-    if config.state is None:
-        return Session(model, tokenizer)
-    state = load_state(config.state)
-    check_state(model, state, config.state)
-    return Session(model, tokenizer, state.to(model.like.device))
+    vocab_size = model.sizes.vocab_size
+    tokenizer = tokenizer_for(config.tokenizer, vocab_size).with_special(config.special_tokens, vocab_size)
+    session = Session(model, tokenizer)
+    if config.stop_token is not None:
+        session.stop_token = tokenizer.stop_id(config.stop_token)
+    if config.state is not None:
+        state = load_state(config.state)
+        check_state(model, state, config.state)
+        session.state = session.start = state.to(model.like.device)
+    return session
 
 
 def run_generate(config: GenerateConfig) -> None:

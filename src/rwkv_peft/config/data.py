@@ -59,7 +59,7 @@ class ReadConfig:
 class DataConfig(ReadConfig):
     """How examples are masked, and how they fill rows."""
 
-    mask: Mask = "auto"
+    mask: Annotated[Mask, ADVANCED] = "auto"
     """Which tokens are trained on: `all`, `answers`, the `last` answer, or the original's `pad`, `qa`, `se`. [answers;
     of plain text, all]"""
     mask_id: Annotated[str, ADVANCED] = ""

@@ -59,7 +59,7 @@ class TrainConfig(DataConfig, _Run):
     """Examples to measure the loss on while training, read as --data is."""
     eval_fraction: float = 0.0
     """Share of the examples that is kept out of training to measure the loss on, from 0 to below 1."""
-    eval_every: int | None = None
+    eval_every: Annotated[int | None, ADVANCED] = None
     """Steps between two such measurements; the last step has one too. [a tenth of the run]"""
     patience: Annotated[int | None, ADVANCED] = None
     """Stop after so many measurements without a new best one. [never]"""
@@ -73,7 +73,7 @@ class TrainConfig(DataConfig, _Run):
     """Optimiser steps, however many epochs they take. [as --epochs says]"""
     lr: float | None = None
     """Peak learning rate. [2e-4; full: 2e-5; of states: --lr-state]"""
-    lr_final: float | None = None
+    lr_final: Annotated[float | None, ADVANCED] = None
     """Learning rate at the last step. [a tenth of --lr]"""
     lr_state: Annotated[float | None, ADVANCED] = None
     """Peak learning rate of a learned initial state, which wants a high one. [0.1; with --peft state, --lr if given]"""
@@ -81,7 +81,7 @@ class TrainConfig(DataConfig, _Run):
     """Twice the rate for the decays (RWKV-7 `w0`, RWKV-5/6 `time_decay`), as the original does. [with full only]"""
     schedule: Literal["cosine", "wsd", "linear", "constant"] = "cosine"
     """Learning rate after the warm-up; wsd stays at the peak, and falls at the end."""
-    warmup_steps: int = 10
+    warmup_steps: Annotated[int, ADVANCED] = 10
     """Steps over which the learning rate rises from 0."""
     wsd_decay: Annotated[float, ADVANCED] = 0.2
     """Share of the steps over which wsd falls, from 0 to 1."""

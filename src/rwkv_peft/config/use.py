@@ -73,6 +73,10 @@ class InferenceConfig:
     """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
     tokenizer: TokenizerName = "auto"
     """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
+    special_tokens: tuple[str, ...] = ()
+    """Texts that are one token each, as in the training."""
+    stop_token: str | None = None
+    """What ends an answer beside token 0, as in the training: the id of a token, or its text. [chat: the template's]"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights. [bf16 on a GPU, fp32 on a CPU]"""
     device: str = "auto"
@@ -83,6 +87,7 @@ class InferenceConfig:
 
     def __post_init__(self) -> None:
         self.adapter = tuple(Path(path) for path in words(self.adapter))
+        self.special_tokens = words(self.special_tokens)
 
 
 @dataclass
@@ -97,6 +102,8 @@ class GenerateConfig(InferenceConfig):
 class ChatConfig(InferenceConfig):
     """Talk with a model."""
 
+    template: str = "rwkv"
+    """How the conversation becomes text, as in the training: rwkv, g1-think and its kin, instruction, a Jinja file."""
     system: Annotated[str, ESCAPES] = ""
     """What the model is told before the first turn; `\\n` stands for a line break."""
 

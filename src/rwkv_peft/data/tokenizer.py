@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import ast
 import codecs
-from collections.abc import Iterable
-from functools import cache, lru_cache
-from importlib.resources import files
-
-import numpy as np
-import numpy.typing as npt
+import re
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from copy import copy
+from functools import cache
 
 from ..config import TokenizerName
 from ..errors import ConfigError, DataError
+from .matching import FAST_PACKAGE, FastEncoder, Matcher, fast_world, world_file
 
 WORLD_VOCAB_SIZE = 65536
 BYTE_VOCAB_SIZES = range(257, 513)
-CACHED_PIECES = 1 << 16
-CACHED_PIECE_BYTES = 64
+ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([ntr0\\]))")
+ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
 
 class Tokenizer:
@@ -33,18 +33,15 @@ class Tokenizer:
         self.name = name
         self.vocab_size = vocab_size
         self._tokens = [b"", *tokens]
-        self._ids = {token: index for index, token in enumerate(tokens, 1)}
-        self._lengths = _lengths_by_start(tokens)
-        self._boundary = _boundary_pairs(tokens)
-        self._cached_match = lru_cache(CACHED_PIECES)(self._match)
+        self._specials: dict[bytes, int] = {}
+        self._matcher = Matcher(tokens)
 
     @staticmethod
     @cache
     def world() -> Tokenizer:
         """The tokenizer of the public RWKV models; read from the package on first use."""
-        file = files("rwkv_peft").joinpath("assets", "world", "rwkv_vocab_v20230424.txt")
         # A line is `id literal length`; the ids count from 1. One literal for all lines is faster than one each.
-        lines = file.read_text("utf-8").rstrip("\n").split("\n")
+        lines = world_file().read_text("utf-8").rstrip("\n").split("\n")
         literals = ast.literal_eval(f"[{','.join(line[line.index(' ') : line.rindex(' ')] for line in lines)}]")
         tokens = [token if isinstance(token, bytes) else token.encode() for token in literals]
         return Tokenizer("world", tokens, WORLD_VOCAB_SIZE)
@@ -60,35 +57,125 @@ class Tokenizer:
         """The largest id that has a text."""
         return len(self._tokens) - 1
 
+    @property
+    def engine(self) -> str:
+        """What finds the ids: the package `pyrwkv_tokenizer`, or `python`. It decides the speed, never the ids."""
+        return FAST_PACKAGE if self._fast() else "python"
+
     def encode(self, text: str) -> list[int]:
         """Ids of `text`, without an end token. Raises `DataError` on a lone surrogate."""
-        data = utf8(text)
-        ends = np.flatnonzero(self._boundary[_byte_pairs(data)]).tolist()
-        # Pieces between boundaries do not influence each other and repeat (they are mostly words): remember their ids.
+        if self._specials:
+            return self._around_specials(utf8(text), lambda piece: self._encode_plain(piece.decode()))
+        return self._encode_plain(text)
+
+    def stretches(self, text: str) -> Iterator[str]:
+        """`text` in stretches, so that a long one takes less memory: their ids, one behind the other, are those of `text`.
+
+        With special tokens, which may stand anywhere, it is one stretch.
+        """
+        return iter([text]) if self._specials else self._matcher.stretches(text)
+
+    def encode_bytes(self, data: bytes) -> list[int]:
+        """Ids of any bytes, UTF-8 or not; of UTF-8 they are those of its text."""
+        return self._around_specials(data, self._matcher.encode)
+
+    def with_special(self, texts: Sequence[str], vocab_size: int) -> Tokenizer:
+        """A tokenizer for which each of `texts` is one token wherever it stands, with the ids after the largest one.
+
+        Where several begin at one place, the longest counts. `vocab_size` is the number of ids of the model.
+
+        Raises:
+            ConfigError: no room for so many, a text that is one token already, or one that is empty or no text.
+        """
+        if not texts:
+            return self
+        tokenizer = copy(self)
+        tokenizer._tokens, tokenizer._specials = [*self._tokens], {**self._specials}
+        for text in texts:
+            try:
+                token = utf8(text)
+            except DataError as error:
+                raise ConfigError(f"--special-tokens: {error}") from None
+            if len(self.encode(text)) == 1 or token in tokenizer._specials or not text:
+                what = "is one token already" if text else "is empty"
+                raise ConfigError(f"--special-tokens {_shown(text)}: {what}; leave it out")
+            tokenizer._specials[token] = len(tokenizer._tokens)
+            tokenizer._tokens.append(token)
+        room = max(vocab_size - 1 - self.largest_id, 0)
+        if len(texts) > room:
+            raise ConfigError(
+                f"--special-tokens: got {len(texts)}, the {self.name} vocabulary has room for {room} in a model of "
+                f"{vocab_size} ids; leave out {len(texts) - room}"
+            )
+        tokenizer.vocab_size = max(self.vocab_size, len(tokenizer._tokens))
+        return tokenizer
+
+    def stop_id(self, value: str) -> int:
+        r"""The id that --stop-token names: a whole number is an id, anything else a text that is exactly one token.
+
+        So `5` is the id 5; `\x35` is the text "5". In a text, `\n`, `\t`, `\r`, `\0`, `\xHH`, `\uHHHH` and `\UHHHHHHHH`
+        stand for the character that they mean in Python, and two backslashes for one.
+
+        Raises:
+            ConfigError: an id that is not in the vocabulary, a text of another number of tokens, or no text.
+        """
+        shown = _shown(value)
+        if re.fullmatch(r"[+-]?[0-9]+", value):
+            number = int(value) if len(value) < 20 else -1
+            if 0 <= number <= self.largest_id:
+                return number
+            raise ConfigError(
+                f"--stop-token {shown}: not in the {self.name} vocabulary, which has the ids 0 to {self.largest_id}; "
+                "give one of them, or a text that is one token"
+            )
+        try:
+            ids = self.encode(_unescape(value))
+        except DataError as error:
+            raise ConfigError(f"--stop-token {shown}: {error}") from None
+        if len(ids) != 1:
+            raise ConfigError(
+                f"--stop-token {shown}: is {len(ids)} tokens of the {self.name} vocabulary, must be one; give an id or "
+                "another text, or make it one token with --special-tokens"
+            )
+        return ids[0]
+
+    def _around_specials(self, data: bytes, encode: Callable[[bytes], list[int]]) -> list[int]:
+        """Ids of `data`: special tokens where they stand, and what `encode` makes of the stretches between them."""
+        if not self._specials:
+            return encode(data)
+        longest_first = sorted(self._specials, key=len, reverse=True)
         ids: list[int] = []
         start = 0
-        for end in (*ends, len(data)):
-            piece = data[start : end + 1]
-            ids += self._cached_match(piece) if len(piece) <= CACHED_PIECE_BYTES else self._match(piece)
-            start = end + 1
-        return ids
+        for match in re.finditer(b"|".join(map(re.escape, longest_first)), data):
+            ids += encode(data[start : match.start()])
+            ids.append(self._specials[match[0]])
+            start = match.end()
+        return ids + encode(data[start:])
 
-    def _match(self, data: bytes) -> tuple[int, ...]:
-        """Ids of `data` by greedy longest match."""
-        ids = []
-        start = 0
-        while start < len(data):
-            for length in self._lengths.get(data[start : start + 2], (1,)):
-                token = data[start : start + length]
-                if token in self._ids:
-                    break
-            ids.append(self._ids[token])
-            start += len(token)
-        return tuple(ids)
+    def _encode_plain(self, text: str) -> list[int]:
+        """Ids of `text`, special tokens left aside."""
+        fast = self._fast()
+        if fast is None:
+            return self._matcher.encode(utf8(text))
+        try:
+            return fast(text)
+        except UnicodeEncodeError:
+            utf8(text)
+            raise
+
+    def _fast(self) -> FastEncoder | None:
+        return fast_world() if self.name == "world" else None
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes that `ids` stand for. Raises `DataError` on an id that has no token."""
-        return b"".join(self._token(index) for index in ids)
+        known = list(ids)
+        if known and (min(known) < 0 or max(known) > self.largest_id):
+            wrong = next(index for index in known if not 0 <= index <= self.largest_id)
+            raise DataError(
+                f"token id {wrong}: not in the {self.name} vocabulary, which has 0 to {self.largest_id}; "
+                "were these ids made by another tokenizer?"
+            )
+        return b"".join([self._tokens[index] for index in known])
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; bytes that are not UTF-8 become U+FFFD. Raises `DataError` on an id that has no token."""
@@ -97,14 +184,6 @@ class Tokenizer:
     def decoder(self) -> StreamDecoder:
         """A decoder for ids that arrive one by one."""
         return StreamDecoder(self)
-
-    def _token(self, index: int) -> bytes:
-        if not 0 <= index <= self.largest_id:
-            raise DataError(
-                f"token id {index}: not in the {self.name} vocabulary, which has 0 to {self.largest_id}; "
-                "were these ids made by another tokenizer?"
-            )
-        return self._tokens[index]
 
 
 class StreamDecoder:
@@ -160,23 +239,18 @@ def utf8(text: str) -> bytes:
         ) from None
 
 
-def _lengths_by_start(tokens: list[bytes]) -> dict[bytes, tuple[int, ...]]:
-    """First two bytes of a token → the lengths of all tokens that begin so, and 1; longest first."""
-    lengths: dict[bytes, set[int]] = {}
-    for token in tokens:
-        if len(token) > 1:
-            lengths.setdefault(token[:2], {1}).add(len(token))
-    return {start: tuple(sorted(found, reverse=True)) for start, found in lengths.items()}
+def _unescape(text: str) -> str:
+    """`text` with its backslash escapes replaced by what they stand for; other backslashes stay."""
+
+    def character(match: re.Match[str]) -> str:
+        code = match[1] or match[2] or match[3]
+        if code is None:
+            return ESCAPED[match[4]]
+        return chr(int(code, 16)) if int(code, 16) <= sys.maxunicode else match[0]
+
+    return ESCAPE.sub(character, text)
 
 
-def _boundary_pairs(tokens: list[bytes]) -> npt.NDArray[np.bool_]:
-    """(65536,) bool: whether no token contains this pair of bytes, so that a token always ends between the two."""
-    last_bytes = np.cumsum([len(token) for token in tokens])[:-1] - 1
-    boundary = np.ones(1 << 16, np.bool_)
-    boundary[np.delete(_byte_pairs(b"".join(tokens)), last_bytes)] = False
-    return boundary
-
-
-def _byte_pairs(data: bytes) -> npt.NDArray[np.uint16]:
-    """(len(data) - 1,): each byte with the next as one number, a view of `data` in which the pairs overlap."""
-    return np.ndarray((max(len(data) - 1, 0),), np.uint16, data, strides=(1,))
+def _shown(text: str) -> str:
+    """`text` as a message shows it, on one line."""
+    return text if text.isprintable() and text else repr(text)

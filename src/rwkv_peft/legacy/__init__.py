@@ -24,6 +24,6 @@ def config_of(argv: Sequence[str], say: Callable[[str], None] = print) -> TrainC
     hints = settings_of(TrainConfig)
     values = {name: convert(value, hints[name].hint, f"--{name}") for name, value in translation.values.items()}
     config = build(TrainConfig, values)
-    for note in translation.notes + check_claims(translation.claims, config.model, config.data):
+    for note in translation.notes + check_claims(translation.claims, config.model):
         say(f"note   {note}")
     return config

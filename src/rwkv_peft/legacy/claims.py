@@ -1,9 +1,8 @@
-"""What an old command line says of the model, the data and the machine, compared with them."""
+"""What an old command line says of the model and the machine, compared with them."""
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +10,8 @@ from ..errors import ConfigError
 from .table import TABLE
 
 
-def check_claims(claims: Mapping[str, Any], model: Path | str, data: Sequence[Path] = ()) -> list[str]:
-    """Compare what a line says with the model file, the data and the machine.
+def check_claims(claims: Mapping[str, Any], model: Path | str) -> list[str]:
+    """Compare what a line says with the model file and the machine.
 
     Returns notes. Raises ConfigError where the line contradicts a file, CheckpointError if the model file is none.
     """
@@ -32,8 +31,6 @@ def check_claims(claims: Mapping[str, Any], model: Path | str, data: Sequence[Pa
                 raise ConfigError(
                     f"--{name} {value}: the model file has {found[name]}; leave the flag out, or name the right model"
                 )
-    if "loss_mask" in claims:
-        refuse_text(data)
     return no_gpu(str(claims["accelerator"])) if "accelerator" in claims else []
 
 
@@ -48,25 +45,6 @@ def version_of(model: str) -> str:
 def generation(version: str) -> str:
     """7 for x070 and its variants, as the original saw it."""
     return next((digit for digit in "765" if digit in version), version)
-
-
-def refuse_text(data: Sequence[Path]) -> None:
-    """Raise ConfigError if a file has lines of plain text, whose answers cannot be told from its questions."""
-    for path in data:
-        try:
-            with path.open(encoding="utf-8") as file:
-                plain = any(is_text(json.loads(line)) for line in file if '"text"' in line)
-        except (OSError, ValueError):
-            continue  # what is wrong with it is said when the data is read
-        if plain:
-            raise ConfigError(
-                f"--loss_mask qa: {path} holds lines of text, for which it is not there yet; write them as messages "
-                "(docs/data.md), of which only the answers train"
-            )
-
-
-def is_text(line: object) -> bool:
-    return isinstance(line, dict) and "text" in line and not {"messages", "conversations"} & line.keys()
 
 
 def no_gpu(accelerator: str) -> list[str]:

@@ -49,9 +49,9 @@ def later(settings: str, default: str, form: type, text: str, *harmless: str, re
 
 NO_OFFICIAL = "0, since no official model has it."
 MADE_OF = "the model file says what it is made of"
-STAGES = "for pre-training in stages on binidx data, which is not there yet"
+STAGES = "for pre-training in stages, which is not there"
 BEST_OP = "the best operator that runs here is taken"
-LOADER = "all data is in memory"
+LOADER = "the process that trains makes its batches itself"
 LISA = "LISA is not there; --peft lora and disha need less memory"
 
 SECTIONS: dict[str, dict[str, Row]] = {
@@ -131,36 +131,62 @@ SECTIONS: dict[str, dict[str, Row]] = {
     "Data": {
         "data_file": to(
             "data", "", str,
-            "A JSONL file, or a folder of them. Names on the Hugging Face hub are not there yet.",
+            "What `--data_type` says: a JSONL file, the prefix PREFIX of PREFIX.bin and PREFIX.idx, or a text file; a "
+            "folder of such; with `sft` and `jsonl` also the name of a dataset on the Hugging Face hub.",
         ),
         "data_type": to(
-            "data", "utf-8", str,
-            "`sft` and `jsonl` are read as `docs/data.md` says, and so is any JSONL file whatever type is given. "
-            "binidx, numpy, uint16 and plain text are not there yet. `sft` took the prompt form `### Instruction: … "
-            "### Response:`, ended by U+0017; here it is RWKV's own, `User: … Assistant: …`, ended by token 0.",
+            "data template sampling windows", "utf-8", str,
+            "`sft` with `--sft_field` is `--template instruction`, the original's own form `### Instruction: … "
+            "### Response:`, ended by U+0017; without, where the original broke off, lines of messages take RWKV's "
+            "form, `User: … Assistant: …`, ended by token 0. `jsonl` is read as `docs/data.md` says. Both have a row "
+            "an example, `--sampling pad`. `binidx` fills rows as `--dataload` says. `utf-8` is text, of which a row "
+            "is any window, `--sampling get --windows random`; the model's tokenizer reads it, where the original made "
+            "a vocabulary of its letters, for a model that began anew. Other encodings, numpy, uint16 and dummy are "
+            "errors. JSON, CSV and Parquet files are read as such whatever type is given.",
         ),
-        "sft_field": to("fields", "None", list, "The two fields that are prompt and answer."),
+        "sft_field": to(
+            "fields template", "None", list, "The two fields that are prompt and answer; see `--data_type`."
+        ),
         "sft_split": to("split", "train", str, "In the same form: `train`, `train[:1000]`, `train[10%:90%]`."),
-        "ctx_len": to("ctx_len overlong", "1024", int, "Longer examples are cut, as in the original, and counted."),
-        "dataload": idle(
-            "pad", str,
-            "a row is one example, padded on the right, as with `pad`; `get` cut rows out of all text at random and "
-            "never ended, here --epoch_count ends the run",
+        "ctx_len": to(
+            "ctx_len overlong", "1024", int,
+            "Longer examples are cut, as in the original, and counted; where rows are windows, nothing is too long.",
         ),
-        "loss_mask": idle(
-            "none", str,
-            "padding never counts, as with `pad`; `qa` is what lines of `messages`, `conversations` or two fields "
-            "have anyway, for lines of `text` it is not there yet, and neither is `se`",
+        "dataload": to(
+            "sampling windows overlong", "pad", str,
+            "Of binidx: `pad` is an example a row (there, what followed it in the file filled the row up, here "
+            "nothing does), `only` one a step, for which `--micro_bsz` must be 1, and `get` any window of all tokens, "
+            "`--windows random`; it never ended, here `--epoch_count` ends the run. No effect otherwise, as in the "
+            "original.",
         ),
-        "mask_id": idle('{"mask0":"0", "mask1":"1"}', dict, "for --loss_mask se, which is not there yet"),
+        "loss_mask": to(
+            "mask", "none", str,
+            "`none` is `auto`: the answers, where the data tells them apart, else everything. `pad` is everything. "
+            "`qa` and `se` are those of `docs/data.md`. Padding never counts. No effect with `sft`, as in the "
+            "original: the answers train. For `jsonl` the original had no choice; here it holds.",
+        ),
+        "mask_id": to(
+            "mask_id", '{"mask0":"0", "mask1":"1"}', dict,
+            "For `--loss_mask se`: from the text `mask1` on, itself included, tokens are trained on, up to the next "
+            "`mask0`. A key that is left out has its value on the left. `qa` has `User:` and `Assistant:`.",
+        ),
         "data_shuffle": idle("1", int, "rows come in a random order, a new one each epoch, which --random_seed fixes"),
-        "my_sample_len": idle("0", int, STAGES),
+        "my_sample_len": idle("0", int, "the length of the samples of uint16 data, which are not read here"),
         "my_qa_mask": idle("0", int, "it mixed in a file of the authors' machine; see --loss_mask"),
-        "my_pile_version": idle("1", int, STAGES),
-        "my_pile_stage": later("", "0", int, STAGES, "0", refused=True),
+        "my_pile_version": later(
+            "", "1", int,
+            "a list of binidx files in a file is not there; today's line takes all prefixes behind --data", "1",
+            refused=True,
+        ),
+        "my_pile_stage": later(
+            "", "0", int,
+            "pre-training in stages is not there; RWKV-LM's order of windows is --sampling get --windows prime on "
+            "today's line",
+            "0", refused=True,
+        ),
         "my_pile_shift": idle("-1", int, STAGES),
         "my_pile_edecay": idle("0", int, STAGES),
-        "magic_prime": idle("0", int, STAGES),
+        "magic_prime": idle("0", int, "computed from the data, where --windows prime on today's line asks for it"),
         "my_random_steps": idle("0", int, STAGES),
     },
     "Steps and learning rate": {

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, get_args
 
 from ..config import TrainConfig, at_least
 from ..errors import ConfigError
 from ..yaml_config import settings_of
+from .data import data_of
 from .line import Old, Values, read
 from .method import method_of
 from .table import TABLE
 
-JSON_FILES = (".jsonl", ".json")
 PRECISIONS = {"bf16": "bf16", "bf16-true": "bf16", "fp32": "fp32", "tf32": "fp32"}
 DEVICES = {"gpu": "auto", "cuda": "auto", "auto": "auto", "cpu": "cpu"}
 
@@ -28,7 +26,7 @@ class Translation:
     values: Values
     """Settings and their values, as a YAML file has them."""
     claims: dict[str, Any]
-    """Old flags whose value is to be checked against the model file, the data or the machine."""
+    """Old flags whose value is to be checked against the model file or the machine."""
     notes: list[str]
     """Lines to print."""
 
@@ -58,53 +56,6 @@ def run_of(old: Old) -> Values:
             "--load_model: missing; training a new model from nothing is not there yet, so name a model file"
         )
     return {"model": old["load_model"], "out": old["proj_dir"], "seed": max(0, old["random_seed"])}
-
-
-# Data
-
-
-def data_of(old: Old) -> Values:
-    """Files, fields, and what becomes of long examples."""
-    values: Values = {"data": data_files(old), "ctx_len": old["ctx_len"], "overlong": "truncate"}
-    if "sft_field" in old:
-        if len(old["sft_field"]) != 2:
-            raise ConfigError(f"{old.shown('sft_field')}: must be 2 fields, the prompt's and the answer's")
-        values["fields"] = old["sft_field"]
-    if "sft_split" in old:
-        values["split"] = old["sft_split"]
-    if old["loss_mask"] == "se" and old["data_type"] != "sft":
-        raise ConfigError(
-            "--loss_mask se: masks between tokens of one's own are not there yet; leave it out, and write the lines as "
-            "messages, of which the answers train"
-        )
-    return values
-
-
-def data_files(old: Old) -> list[str]:
-    """The data, which must be JSONL. Raises ConfigError if it is said to be anything else."""
-    name, kind = old["data_file"], "jsonl"
-    if "data_type" in old:
-        kind = old["data_type"]
-    if not name:
-        raise ConfigError("--data_file: missing; name a JSONL file")
-    path = Path(name)
-    if kind not in ("jsonl", "sft"):
-        if path.suffix not in JSON_FILES or not path.is_file():
-            raise ConfigError(f"--data_type {kind}: such data is not there yet; give --data_file a JSONL file")
-        old.note("data_type", f"{path.name} is JSONL, and read as such")
-    if kind == "sft":
-        old.note("data_type", "prompts take RWKV's own form, User: … Assistant: …, and answers end with token 0")
-    if path.is_dir():
-        files = sorted(str(file) for file in path.iterdir() if file.suffix in JSON_FILES)
-        if not files:
-            raise ConfigError(f"--data_file {name}: a folder without .jsonl or .json files; name one that has some")
-        return files
-    if not path.exists() and path.suffix not in JSON_FILES and re.fullmatch(r"[\w.-]+/[\w.-]+", name):
-        raise ConfigError(
-            f"--data_file {name}: no such file; if it is on the Hugging Face hub: that is not there yet, so fetch it "
-            "and name the JSONL file"
-        )
-    return [name]
 
 
 # Steps, rates, machine
@@ -169,10 +120,8 @@ def without_effect(old: Old) -> None:
     silent = []
     for name in old.given:
         row, value = TABLE[name], old[name]
-        if (name, value) == ("loss_mask", "qa"):
-            old.note(name, "only answers train, of messages, conversations or two fields, as is usual here")
-        elif row.kind == "explained":
-            if (row.form is not bool and value == Old({})[name]) or (name, value) == ("loss_mask", "pad"):
+        if row.kind == "explained":
+            if row.form is not bool and value == Old({})[name]:
                 silent.append(f"--{name}")
             else:
                 old.note(name, row.text)
@@ -183,13 +132,9 @@ def without_effect(old: Old) -> None:
 
 
 def claims_of(old: Old) -> dict[str, Any]:
-    """What the line says of the model, the data and the machine."""
+    """What the line says of the model and the machine."""
     asked = {name: old[name] for name in old.given if TABLE[name].kind == "checked"}
     claims = {name: value for name, value in asked.items() if (value > 0 if isinstance(value, int) else value)}
-    if "loss_mask" in old:
-        old.choice("loss_mask", dict.fromkeys(("none", "pad", "qa", "se"), ""))
-        if old["loss_mask"] == "qa" and "sft_field" not in old:
-            claims["loss_mask"] = "qa"
     if "accelerator" in old and old["accelerator"] in ("gpu", "cuda"):
         claims["accelerator"] = old["accelerator"]
     return claims

@@ -40,7 +40,7 @@ def old_names(old: Old) -> dict[str, str]:
     """The old flag, or key of a JSON config, of each of today's settings that has one."""
     names: dict[str, str] = {}
     for flag, row in TABLE.items():
-        if row.kind == "mapped" and row.form is not dict:
+        if row.kind == "mapped" and (row.form is not dict or row.settings == (flag,)):
             names.setdefault(row.settings[0], f"--{flag}")
     for config, keys in KEYS.items():
         if config in old:

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+Number = TypeVar("Number", int, float)
 
 
 class SingleProcess:
@@ -14,7 +17,7 @@ class SingleProcess:
     rank = 0
     world_size = 1
 
-    def sum(self, value: int) -> int:
+    def sum(self, value: Number) -> Number:
         """The sum of every process's value."""
         return value
 

@@ -10,10 +10,11 @@ import torch
 
 from ..adapters import extra_loss
 from ..config import TrainConfig
-from ..data.sampling import Dataset, step_batches
+from ..data.sampling import Sampler
 from ..errors import TrainingError
 from ..models import Rwkv
 from .engine import SingleProcess
+from .evaluation import Evaluation
 from .metrics import Metrics, StepRecord
 from .optim import set_rates
 from .step import batch_loss
@@ -22,13 +23,14 @@ from .step import batch_loss
 def train_loop(
     config: TrainConfig,
     model: Rwkv,
-    data: Dataset,
+    sampler: Sampler,
     optimizer: torch.optim.Optimizer,
     engine: SingleProcess,
     metrics: Metrics,
     stopped: Callable[[], bool],
+    evaluation: Evaluation | None = None,
 ) -> None:
-    """Train until the last step, or until `stopped()`.
+    """Train until the last step, until `stopped()`, or until the evaluation says that it gets no better.
 
     The loss of a step is the sum over its target tokens divided by their number, over all micro-batches and processes:
     how the step is cut into micro-batches does not change it.
@@ -37,7 +39,7 @@ def train_loop(
     tokens_seen = 0
     for step in range(metrics.total_steps):
         began = time.perf_counter()
-        batches = step_batches(data, step, config.micro_batch, config.grad_accum, config.seed)
+        batches = sampler.step(step, engine.rank, engine.world_size)
         targets = engine.sum(sum(len(batch.labels) for batch in batches))
         step_loss = model.like.new_zeros((), dtype=torch.float32)
         for batch in batches:
@@ -57,8 +59,11 @@ def train_loop(
         tokens = engine.sum(sum(batch.inputs for batch in batches))
         tokens_seen += tokens
         speed = tokens / (time.perf_counter() - began)
-        metrics.add(StepRecord(step + 1, tokens_seen, loss_value, lr, norm_value, speed))
-        if stopped():
+        record = StepRecord(step + 1, tokens_seen, loss_value, lr, norm_value, speed)
+        if evaluation and (step + 1 == metrics.total_steps or (step + 1) % evaluation.every == 0):
+            record.eval_loss = evaluation.measure(model, step + 1, engine)
+        metrics.add(record)
+        if stopped() or (evaluation and evaluation.is_over):
             break
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -32,6 +33,14 @@ class StepRecord:
     tokens_per_s: float
     vram_gib: float | None = None
     """Peak memory allocated on the GPU; null on a CPU."""
+    eval_loss: float | None = None
+    """Mean cross-entropy on the examples for evaluation, after this step; null where it was not measured."""
+    eval_perplexity: float | None = None
+
+
+def perplexity(loss: float) -> float:
+    """Of a loss in nats; infinite where it is too large for a number."""
+    return math.exp(loss) if loss < 700 else math.inf
 
 
 class Metrics:
@@ -63,18 +72,27 @@ class Metrics:
         """Record a step that is done. Raises OutputError if it cannot be written."""
         if self.device.type == "cuda":
             record.vram_gib = torch.cuda.max_memory_allocated(self.device) / GIB
-        self._write_line(json.dumps(asdict(record)))
+        if record.eval_loss is not None:
+            record.eval_perplexity = perplexity(record.eval_loss)
+        # JSON knows no NaN and no infinity
+        finite = {k: v if v is None or math.isfinite(v) else None for k, v in asdict(record).items()}
+        self._write_line(json.dumps(finite))
         self.records.append(record)
         shown = f"loss {record.loss:.4f}  {record.tokens_per_s:,.0f} tokens/s  {_memory(record)}"
         self.progress.update(self.task, completed=record.step, shown=shown)
         if not self.console.is_terminal and record.step % max(1, self.total_steps // 10) == 0:
             self.say(f"step {record.step}/{self.total_steps}  {shown}")
+        if record.eval_loss is not None:
+            self.say(
+                f"step {record.step}/{self.total_steps}  evaluation: loss {record.eval_loss:.4f}, "
+                f"perplexity {record.eval_perplexity:.4g}"
+            )
 
     def finish(self) -> None:
         """Draw the picture of the loss and close the file."""
         if self._file is not None:
             self._file.close()
-            write_atomic(self.folder / "loss.png", lambda path: draw_losses(path, [r.loss for r in self.records]))
+            write_atomic(self.folder / "loss.png", lambda path: draw_losses(path, self.records))
 
     def _write_line(self, line: str) -> None:
         with output_errors(self.folder):
@@ -103,18 +121,22 @@ class Metrics:
             (self.folder / "log.txt").write_text("\n".join(self.lines) + "\n", encoding="utf-8")
 
 
-def draw_losses(path: Path, losses: list[float]) -> None:
-    """The loss of each step, and the mean of the last twentieth of the run, as a PNG."""
+def draw_losses(path: Path, records: list[StepRecord]) -> None:
+    """The loss of each step, the mean of the last twentieth of the run, and the evaluations, as a PNG."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
     axes = figure.add_subplot(xlabel="step", ylabel="loss (nats per token)", title="Training loss")
+    losses = [record.loss for record in records]
     steps = range(1, len(losses) + 1)
     axes.plot(steps, losses, color="#b8c4d6", linewidth=1, label="each step")
     window = 1 + len(losses) // 20
     recent = [losses[max(0, step - window) : step] for step in steps]
     means = [sum(values) / len(values) for values in recent]
     axes.plot(steps, means, color="#1f4e9c", linewidth=2, label=f"mean of {window} steps")
+    measured = [(r.step, r.eval_loss) for r in records if r.eval_loss is not None]
+    if measured:
+        axes.plot(*zip(*measured, strict=True), color="#c2410c", marker="o", markersize=4, label="evaluation")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, format="png")

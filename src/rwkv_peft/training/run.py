@@ -8,7 +8,7 @@ import signal
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -19,13 +19,15 @@ from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
 from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, TrainConfig, flag_of
-from ..data.sampling import Dataset, load_dataset, steps_per_epoch
+from ..data.dataset import Dataset, load_for_training
+from ..data.sampling import Sampler
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
 from ..yaml_config import to_yaml
 from .engine import SingleProcess
+from .evaluation import Evaluation
 from .loop import train_loop
 from .metrics import Metrics
 from .optim import build_optimizer, check_optimizer
@@ -44,6 +46,10 @@ class RunResult:
     steps: int
     losses: list[float]
     interrupted: bool
+    best: Path | None = None
+    """As `result`, after the step with the lowest loss on the examples for evaluation."""
+    eval_losses: dict[int, float] = field(default_factory=dict)
+    """The loss on these, by step."""
 
 
 def train(config: TrainConfig, console: Console | None = None) -> RunResult:
@@ -61,19 +67,22 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     check_out(out)
     check_optimizer(config.optim, find_device(config.device))
     sizes = read_sizes(config.model)
-    data = load_dataset(config, tokenizer_for(config.tokenizer, sizes.vocab_size))
+    tokenizer = tokenizer_for(config.tokenizer, sizes.vocab_size).with_special(config.special_tokens, sizes.vocab_size)
+    data, held = load_for_training(config, tokenizer)
+    sampler = Sampler.of(config, data)
+    total = config.max_steps or sampler.total_steps(config.epochs)
     model = load_model(config.model, config.precision, config.device, config.op)
     prepare(model, config, saved)
     check_space(out, model)
-    total = config.max_steps or steps_of(config, data)
     optimizer = build_optimizer(model, config)
     follow(model, optimizer, total)
     metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
-    for line in describe(config, model, data.summary(), total, idle):
+    for line in describe(config, model, data, held, sampler, total, idle):
         metrics.say(line)
+    evaluation = evaluation_of(config, model, held, total)
     try:
         with interruption() as stopped, metrics.progress:
-            train_loop(config, model, data, optimizer, SingleProcess(), metrics, stopped)
+            train_loop(config, model, sampler, optimizer, SingleProcess(), metrics, stopped, evaluation)
     except Exception as error:  # whatever it is, what was trained is not lost
         if not metrics.records:
             raise
@@ -85,9 +94,15 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
         raise
     result = save(model, config, out)
     metrics.finish()
-    interrupted = stopped()
-    metrics.say(f"{'stopped by hand' if interrupted else 'done'} after {len(metrics.records)} steps: {result}")
-    return RunResult(out, result, len(metrics.records), [r.loss for r in metrics.records], interrupted)
+    interrupted, steps = stopped(), len(metrics.records)
+    why = "stopped by hand" if interrupted else "done" if steps == total else "stopped, since it got no better,"
+    metrics.say(f"{why} after {steps} steps: {result}")
+    losses = [record.loss for record in metrics.records]
+    if evaluation is None or evaluation.best is None:
+        return RunResult(out, result, steps, losses, interrupted)
+    at = evaluation.best_step
+    metrics.say(f"best after {at} steps: loss {evaluation.losses[at]:.4f} on the held-out examples: {evaluation.best}")
+    return RunResult(out, result, steps, losses, interrupted, evaluation.best, evaluation.losses)
 
 
 def saved_adapter(config: TrainConfig) -> SavedAdapter | None:
@@ -156,12 +171,19 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
     return out / "model.pth"
 
 
-def steps_of(config: TrainConfig, data: Dataset) -> int:
-    """Steps that `config.epochs` passes take."""
-    return max(1, round(config.epochs * steps_per_epoch(data, config.micro_batch, config.grad_accum)))
+def evaluation_of(config: TrainConfig, model: Rwkv, held: Dataset | None, total: int) -> Evaluation | None:
+    """What measures the loss while training, if anything does."""
+    if held is None:
+        return None
+    assert config.micro_batch is not None
+    sampler = Sampler(held, micro_batch=config.micro_batch, shuffle=False)
+    every = config.eval_every or max(1, total // 10)
+    return Evaluation(sampler, every, config.patience, keep=lambda: save(model, config, config.out / "best"))
 
 
-def describe(config: TrainConfig, model: Rwkv, data: str, total: int, idle: list[str]) -> Iterator[str]:
+def describe(
+    config: TrainConfig, model: Rwkv, data: Dataset, held: Dataset | None, sampler: Sampler, total: int, idle: list[str]
+) -> Iterator[str]:
     """What the run is about to do, for people."""
     s = model.sizes
     count = sum(p.numel() for p in model.parameters())
@@ -172,8 +194,15 @@ def describe(config: TrainConfig, model: Rwkv, data: str, total: int, idle: list
     method = "full" if model.adapter_config is None else model.adapter_config.peft
     yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
     yield from (f"note   {line}" for line in idle)
-    yield f"data   {data}"
-    yield f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows"
+    yield f"data   {data.summary()}"
+    yield from (f"note   {line}" for line in data.notes)
+    if held is not None:
+        yield f"eval   {held.summary()}"
+    rows = len(sampler.rows(0))
+    yield (
+        f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows; {config.sampling}: {rows:,} rows an epoch, "
+        f"{sampler.fill():.1%} full"
+    )
 
 
 def check_out(out: Path) -> None:

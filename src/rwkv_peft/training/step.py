@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..data.sampling import Batch
+from ..data.batches import Batch
 from ..models import Rwkv
 from ..ops.loss import next_token_loss
 
@@ -12,9 +12,9 @@ from ..ops.loss import next_token_loss
 def batch_loss(model: Rwkv, batch: Batch, logit_penalty: float) -> tuple[Tensor, Tensor]:
     """Sums over the batch's target tokens of the cross-entropy and of the logit penalty.
 
-    Only the places that predict a target reach the head. Padding is on the right of every row: no token sees it.
+    Only the places that predict a target reach the head.
     """
     device = model.like.device
-    hidden, _ = model.hidden(batch.tokens.to(device, non_blocking=True))
+    hidden, _ = model.hidden(batch.tokens.to(device, non_blocking=True), cu_seqlens=batch.cu_seqlens)
     places = hidden.flatten(0, 1)[batch.positions.to(device, non_blocking=True)]
     return next_token_loss(places, model.head, batch.labels.to(device, non_blocking=True), logit_penalty)

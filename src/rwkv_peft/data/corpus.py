@@ -1,0 +1,205 @@
+"""All tokens of a source, side by side, and where each example is among them."""
+
+from __future__ import annotations
+
+import tempfile
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import DataConfig, InspectConfig
+from ..errors import ConfigError, DataError
+from .binidx import Binidx, is_binidx, open_binidx
+from .examples import SHAPES, segments_of
+from .masking import Encoded, Encoder, Flags, Ids
+from .sources import Item, Split, files_of, read_items
+from .templates import Template
+
+Integers = npt.NDArray[np.int64]
+MOST_IN_MEMORY = 2**28  # bytes of a source's tokens; what is more goes into a temporary file
+
+
+@dataclass(frozen=True, eq=False)
+class Corpus:
+    """The examples of one source. D examples, N tokens of all."""
+
+    title: str
+    """The source, for messages."""
+    ids: Ids
+    """(N,) in memory, or mapped from a file."""
+    target: Flags | None
+    """(N,) which tokens are targets; None where all are but the first of each example."""
+    starts: Integers
+    """(D,) where each example begins."""
+    lengths: Integers
+    """(D,) its tokens: the model reads all but the last of them."""
+    vocab_size: int
+    """Every id must be below it."""
+    skipped: int = 0
+    """Examples that could not be used."""
+    notes: tuple[str, ...] = ()
+    """What should be told."""
+    record: Record | None = None
+    """What became of each item, where they are inspected; of a binidx, none."""
+
+
+@dataclass
+class Record:
+    """What became of the items of a source."""
+
+    origins: list[str] = field(default_factory=list)
+    """(D,) of each example, where it stands."""
+    forms: Counter[str] = field(default_factory=Counter)
+    """Items by the fields that they were read by."""
+    problems: list[tuple[str, str]] = field(default_factory=list)
+    """Origin of each item that could not be used, and why."""
+    stops: list[str] = field(default_factory=list)
+    """Origins of the items whose text holds the stop token."""
+
+
+class Spool:
+    """An array that grows at its end: in memory, and in a temporary file once it is long (or at once)."""
+
+    def __init__(self, dtype: Any, in_file: bool | None) -> None:
+        self.dtype, self.most = np.dtype(dtype), {None: MOST_IN_MEMORY, True: 0, False: 2**63}[in_file]
+        self.pieces: list[npt.NDArray[Any]] = []
+        self.file: IO[bytes] | None = None
+        self.length = 0
+
+    def add(self, values: npt.NDArray[Any]) -> None:
+        """Put `values` at the end."""
+        values = values.astype(self.dtype, copy=False)
+        self.length += len(values)
+        self.pieces.append(values)
+        if self.file is None and self.length * self.dtype.itemsize > self.most:
+            self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as what is mapped from it
+        if self.file is not None:
+            for piece in self.pieces:
+                piece.tofile(self.file)
+            self.pieces.clear()
+
+    def array(self) -> npt.NDArray[Any]:
+        """All of it; nothing can be added after."""
+        if self.file is None:
+            whole = np.concatenate(self.pieces) if self.pieces else np.empty(0, self.dtype)
+            self.pieces = [whole]
+            return whole
+        self.file.flush()
+        return np.memmap(self.file, self.dtype, "r", shape=(self.length,))
+
+
+def read_corpora(source: str, config: DataConfig, template: Template, encoder: Encoder) -> Iterator[Corpus]:
+    """The binidx pairs of a source, each by itself, and its other examples together.
+
+    Raises DataError if it cannot be read, if an example cannot be used (unless they are to be skipped), or if none is
+    left.
+    """
+    if is_binidx(source):
+        yield from_binidx(open_binidx(source, encoder.tokenizer.vocab_size), encoder, config.streaming)
+        return
+    notes: tuple[str, ...] = ()
+    if Path(source).is_dir():
+        found = files_of(Path(source), config.split)
+        for prefix in found.pairs:
+            yield from_binidx(open_binidx(str(prefix), encoder.tokenizer.vocab_size), encoder, config.streaming)
+        if found.left_out:
+            notes = (f"{source}: {len(found.left_out)} files of other splits left out",)
+        if found.pairs and not found.files:
+            return
+    items = read_items(source, config.split, config.subset, config.separator)
+    yield from_items(source, items, config, template, encoder, notes)
+
+
+def from_binidx(pair: Binidx, encoder: Encoder, in_file: bool | None) -> Corpus:
+    """The documents of a binidx pair; documents of one token hold nothing to predict, and are left out."""
+    if encoder.mask in ("answers", "last"):
+        raise ConfigError(f"--mask {encoder.mask}: {pair.title} is binidx, which does not say what is an answer; use qa")
+    usable = pair.lengths > 1
+    starts, lengths, vocab_size = pair.starts[usable], pair.lengths[usable], encoder.tokenizer.vocab_size
+    if not len(starts):
+        raise DataError(f"{pair.title}: no document has two tokens or more; prepare it again")
+    notes: tuple[str, ...] = ()
+    if len(starts) < len(usable):
+        notes = (f"{pair.title}: {len(usable) - len(starts):,} documents of fewer than two tokens left out",)
+    if encoder.mask not in ("qa", "se"):
+        return Corpus(pair.title, pair.ids, None, starts, lengths, vocab_size, notes=notes)
+    ids, target = Spool(pair.ids.dtype, in_file), Spool(np.bool_, in_file)
+    for start, length in zip(starts.tolist(), lengths.tolist(), strict=True):
+        document = pair.ids[start : start + length]
+        ids.add(document)
+        target.add(encoder.targets(document, np.zeros(length, np.bool_)))
+    starts = np.cumsum(lengths) - lengths
+    return Corpus(pair.title, ids.array(), target.array(), starts, lengths, vocab_size, notes=notes)
+
+
+def from_items(
+    source: str, items: Iterator[Item], config: DataConfig, template: Template, encoder: Encoder, notes: tuple[str, ...]
+) -> Corpus:
+    """Encode every example of a source, and put them side by side."""
+    vocab_size = encoder.tokenizer.vocab_size
+    ids = Spool(np.uint16 if vocab_size <= 2**16 else np.int32, config.streaming)
+    target = Spool(np.bool_, config.streaming)
+    lengths: list[int] = []
+    skipped, first_problem = 0, ""
+    record = Record() if isinstance(config, InspectConfig) else None
+    for origin, examples in encoded_examples(items, config, template, encoder, record):
+        if isinstance(examples, DataError):
+            problem = f"{origin}: {examples}"
+            if config.on_bad_line == "stop":
+                raise DataError(problem)
+            first_problem = first_problem or problem
+            skipped += 1
+            continue
+        for example in examples:
+            ids.add(example.ids)
+            target.add(example.target)
+            lengths.append(len(example.ids))
+    if not lengths:
+        raise DataError(f"{first_problem} (the first of {skipped} skipped examples; none is left)")
+    array = np.array(lengths, np.int64)
+    starts = np.cumsum(array) - array
+    return Corpus(source, ids.array(), target.array(), starts, array, vocab_size, skipped, notes, record)
+
+
+def encoded_examples(
+    items: Iterator[Item], config: DataConfig, template: Template, encoder: Encoder, record: Record | None = None
+) -> Iterator[tuple[str, list[Encoded] | DataError]]:
+    """Origin of each item with the examples in it, or why it has none; as many as --split can choose of."""
+    every_turn, most = config.stop_token is not None, Split.parse(config.split).most
+    count = 0
+    for item in items:
+        stops = encoder.stops_inside
+        try:
+            if isinstance(item.value, DataError):
+                raise item.value
+            found = [encoder.encode(e) for e in segments_of(item.value, config.fields, template, every_turn)]
+        except DataError as error:
+            if record is not None:
+                record.problems.append((item.origin, str(error)))
+            yield item.origin, error
+            continue
+        found = found[: most - count if most else None]
+        count += len(found)
+        if record is not None:
+            record.origins += [item.origin] * len(found)
+            record.forms[form_of(item.value, config.fields)] += 1
+            record.stops += [item.origin] * (encoder.stops_inside > stops)
+        yield item.origin, found
+        if most and count >= most:
+            return
+
+
+def form_of(value: dict[str, Any] | str, fields: tuple[str, str] | None) -> str:
+    """The fields that a usable item was read by."""
+    if isinstance(value, str):
+        return "plain text"
+    for is_there in (lambda name: value.get(name) is not None, value.__contains__):
+        for shape in [fields] if fields else SHAPES:
+            if all(map(is_there, shape)):
+                return " + ".join(shape)
+    raise AssertionError("an item without a form is not usable")

@@ -1,0 +1,230 @@
+"""The examples of a run, and what became of all others. D examples; P pieces, of at most --ctx-len inputs, of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import DataConfig, Overlong, TrainConfig, shares_of
+from ..errors import ConfigError, DataError
+from .corpus import Corpus, read_corpora
+from .masking import Encoded, encoder_for
+from .sources import Split
+from .templates import find_template
+from .tokenizer import Tokenizer
+
+Integers = npt.NDArray[np.int64]
+HELD_OUT = 0x6865  # begins a seed of its own, so that what is held out has nothing to do with the order of training
+DEEDS = {"split": "split into rows", "truncate": "truncated", "drop": "dropped"}
+
+
+@dataclass(frozen=True, eq=False)
+class Windows:
+    """Stretches of the corpora: whole examples, or pieces of them."""
+
+    corpus: Integers
+    """(n,) which corpus each is of."""
+    start: Integers
+    """(n,) where it begins there."""
+    inputs: Integers
+    """(n,) tokens that the model reads; there is one id more, which is only predicted."""
+
+    def __len__(self) -> int:
+        return len(self.start)
+
+    def of(self, chosen: Integers | npt.NDArray[np.bool_]) -> Windows:
+        """Some of them, in the order of `chosen`."""
+        return Windows(self.corpus[chosen], self.start[chosen], self.inputs[chosen])
+
+
+@dataclass(frozen=True, eq=False)
+class Dataset:
+    """What is trained on, or measured on."""
+
+    corpora: list[Corpus]
+    examples: Windows
+    """Each example, whole."""
+    source: Integers
+    """(D,) which entry of --data it comes from."""
+    pieces: Windows
+    """What of the examples fits the rows, in their order."""
+    first: Integers
+    """(D+1,) the pieces of example d are first[d] to first[d+1]."""
+    shares: list[float]
+    """Of each source; empty where no source has one."""
+    ctx_len: int
+    overlong: Overlong
+    split: str
+    target_tokens: int
+    """Tokens that the model is trained to predict, if it sees every piece once."""
+    long: int
+    """Examples longer than the context length."""
+    lost: int
+    """Examples of which some or all targets are not trained on, because they are too long."""
+    skipped: int
+    """Examples that could not be used."""
+    left_out: int
+    """Examples read that --split does not choose."""
+    held_out: int
+    """Examples kept for measuring the loss."""
+    notes: list[str]
+    """What else should be told."""
+
+    def piece(self, index: int) -> Encoded:
+        """Ids and targets of a piece; its first token is no target."""
+        pieces = self.pieces
+        return self.window(int(pieces.corpus[index]), int(pieces.start[index]), int(pieces.inputs[index]) + 1, False)
+
+    def window(self, corpus: int, start: int, length: int, is_stream: bool) -> Encoded:
+        """`length` tokens of a corpus. Of a stream, what begins an example is a target too, unless there is a mask."""
+        of = self.corpora[corpus]
+        ids = of.ids[start : start + length]
+        target = np.ones(len(ids), np.bool_) if of.target is None else of.target[start : start + length].copy()
+        if not is_stream:
+            target[0] = False
+        largest = int(ids.max(initial=0))
+        if largest >= of.vocab_size:
+            raise DataError(
+                f"{of.title}: token {start + int(ids.argmax()):,} is {largest}, the vocabulary has {of.vocab_size:,}; "
+                "prepare the text with this model's tokenizer"
+            )
+        return Encoded(ids, target)
+
+    def summary(self) -> str:
+        """One line that tells what is trained on and hides no loss."""
+        examples = plural(len(self.examples), "example")
+        if self.left_out:
+            examples = f"{len(self.examples):,} of {plural(len(self.examples) + self.left_out, 'example')}"
+        if self.split != "train":
+            examples += f" ({self.split})"
+        parts = [f"{examples}, {plural(int(self.pieces.inputs.sum()), 'token')} ({self.target_tokens:,} trained on)"]
+        if self.long:
+            loss = f" ({self.lost:,} lost answer tokens)" if self.lost else ""
+            parts.append(f"{self.long:,} longer than --ctx-len {self.ctx_len}: {DEEDS[self.overlong]}{loss}")
+        if self.held_out:
+            parts.append(f"{self.held_out:,} held out")
+        if self.skipped:
+            parts.append(f"{plural(self.skipped, 'bad line')} skipped")
+        return "; ".join(parts)
+
+
+def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+    """Read, encode and fit all of `config.data`.
+
+    Raises:
+        ConfigError: a setting that does not fit the data or the vocabulary.
+        DataError: what reading raises, that --split chooses nothing, or that no example keeps a target.
+    """
+    whole = read(config, tokenizer)
+    return fit(whole, np.arange(len(whole.examples)))
+
+
+def load_for_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+    """What is trained on, and what the loss is measured on, if anything. Raises as `load_dataset` does."""
+    whole = read(config, tokenizer)
+    if config.eval_data:
+        other = replace(config, data=list(config.eval_data), eval_data=(), eval_fraction=0.0, split="train")
+        return fit(whole, np.arange(len(whole.examples))), load_dataset(other, tokenizer)
+    if not config.eval_fraction:
+        return fit(whole, np.arange(len(whole.examples))), None
+    held, rest = hold_out(whole, config.eval_fraction, config.seed)
+    return fit(replace(whole, held_out=len(held)), rest), fit(replace(whole, shares=[], notes=[]), held)
+
+
+def read(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+    """Every example that --split chooses; their pieces are still the examples themselves."""
+    split, shares = Split.parse(config.split), shares_of(config.data)
+    template = find_template(config.template)
+    encoder = encoder_for(config, tokenizer, template)
+    corpora: list[Corpus] = []
+    source_of: list[int] = []
+    for number, (source, _) in enumerate(shares):
+        found = list(read_corpora(source, config, template, encoder))
+        corpora += found
+        source_of += [number] * len(found)
+    counts = [len(corpus.starts) for corpus in corpora]
+    chosen = np.arange(sum(counts))[split.of(sum(counts))]
+    if not len(chosen):
+        raise DataError(f"--split {config.split}: none of the {plural(sum(counts), 'example')}; choose a wider one")
+    of = np.repeat(np.arange(len(corpora)), counts)[chosen]
+    lengths, starts = (np.concatenate([getattr(c, name) for c in corpora])[chosen] for name in ("lengths", "starts"))
+    examples = Windows(of, starts, lengths - 1)
+    source = np.array(source_of)[of]
+    for number, (name, share) in enumerate(shares):
+        if share is not None and not (source == number).any():
+            raise DataError(f"{name}: --split {config.split} leaves none of its examples, but it has a share; drop it")
+    return Dataset(
+        corpora, examples, source, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
+        config.ctx_len, config.overlong, config.split, target_tokens=0, long=0, lost=0,
+        skipped=sum(corpus.skipped for corpus in corpora), left_out=sum(counts) - len(chosen), held_out=0,
+        notes=[*(note for corpus in corpora for note in corpus.notes), *encoder.notes()],
+    )  # fmt: skip
+
+
+def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integers]:
+    """Which examples are held out and which are left, each in their order. Raises ConfigError if either is none."""
+    count = len(whole.examples)
+    out = max(1, round(share * count))
+    if out >= count:
+        raise ConfigError(
+            f"--eval-fraction {share}: nothing of {plural(count, 'example')} would be left to train on; name other "
+            "examples with --eval-data"
+        )
+    order = np.random.default_rng([HELD_OUT, seed]).permutation(count)
+    return np.sort(order[:out]), np.sort(order[out:])
+
+
+def fit(whole: Dataset, chosen: Integers) -> Dataset:
+    """The `chosen` examples, cut into pieces of at most `ctx_len` inputs, each with a target.
+
+    `split` keeps every target in exactly one piece: a piece begins with the last id of the one before. `truncate` keeps
+    the first piece, `drop` none. Raises DataError if nothing is left.
+    """
+    examples, ctx_len = whole.examples.of(chosen), whole.ctx_len
+    long = examples.inputs > ctx_len
+    count = np.ones(len(chosen), np.int64)
+    if whole.overlong == "split":
+        count = -(-examples.inputs // ctx_len)
+    elif whole.overlong == "drop":
+        count[long] = 0
+    example = np.repeat(np.arange(len(chosen)), count)  # (P,) which each piece is of
+    offset = (np.arange(len(example)) - np.repeat(np.cumsum(count) - count, count)) * ctx_len
+    pieces = examples.of(example)
+    inputs = np.minimum(pieces.inputs - offset, ctx_len)
+    pieces = Windows(pieces.corpus, pieces.start + offset, inputs)
+    targets = count_targets(whole.corpora, pieces)
+    kept = targets > 0
+    per_example = np.bincount(example, targets, len(chosen)).astype(np.int64)
+    if not kept.any():
+        names = ", ".join(corpus.title for corpus in whole.corpora)
+        raise DataError(
+            f"{names}: no row is left: with --ctx-len {ctx_len} and --overlong {whole.overlong}, no example keeps an "
+            "answer token; use --overlong split or a longer --ctx-len"
+        )
+    wanted = count_targets(whole.corpora, examples)
+    first = np.concatenate(([0], np.bincount(example[kept], minlength=len(chosen)).cumsum()))
+    return replace(
+        whole, examples=examples, source=whole.source[chosen], pieces=pieces.of(kept), first=first,
+        target_tokens=int(targets.sum()), long=int(long.sum()), lost=int((per_example < wanted).sum()),
+    )  # fmt: skip
+
+
+def count_targets(corpora: list[Corpus], windows: Windows) -> Integers:
+    """(n,) targets of each window, its first token not counted; windows of a corpus must be in its order."""
+    result = windows.inputs.copy()
+    for number, corpus in enumerate(corpora):
+        if corpus.target is not None:
+            mine = np.flatnonzero(windows.corpus == number)
+            begin = windows.start[mine] + 1
+            bounds = np.stack((begin, begin + windows.inputs[mine]), 1).ravel()
+            if len(bounds) and bounds[-1] == len(corpus.target):
+                bounds = bounds[:-1]  # reduceat sums up to the end by itself, and takes no index of it
+            result[mine] = np.add.reduceat(corpus.target.view(np.uint8), bounds, dtype=np.int64)[::2]
+    return result
+
+
+def plural(number: int, noun: str) -> str:
+    """`1 row`, `1,204 rows`."""
+    return f"{number:,} {noun}" + ("s" if number != 1 else "")
