@@ -27,8 +27,8 @@ from rwkv_peft.data.sampling import (
     steps_per_epoch,
 )
 from rwkv_peft.data.text import read_examples
-from rwkv_peft.data.tokenizer import Tokenizer, tokenizer_for
-from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.errors import DataError
 
 WORLD = Tokenizer.world()
 BYTE = Tokenizer.byte()
@@ -50,101 +50,6 @@ HARD_TEXTS = [
 
 # Whitespace, letters, punctuation, CJK and emoji next to each other, where tokens compete; and everything else.
 texts = st.one_of(st.text(st.sampled_from("  \n\n\r\tab.Thé,'\"=-09我们的，。👍🏽é")), st.text())
-
-
-# --- tokenizer
-
-
-@pytest.fixture(scope="module")
-def trie() -> Any:
-    import rwkv.rwkv_tokenizer as oracle
-
-    return oracle.TRIE_TOKENIZER(str(Path(oracle.__file__).with_name("rwkv_vocab_v20230424.txt")))
-
-
-@pytest.mark.parametrize("text", HARD_TEXTS)
-def test_world_ids_are_those_of_the_rwkv_package(trie: Any, text: str) -> None:
-    assert WORLD.encode(text) == trie.encode(text)
-
-
-@given(text=texts)
-def test_world_ids_are_those_of_the_rwkv_package_on_any_text(trie: Any, text: str) -> None:
-    assert WORLD.encode(text) == trie.encode(text)
-
-
-def test_every_world_token_encodes_as_in_the_rwkv_package(trie: Any) -> None:
-    assert all(WORLD.decode_bytes([index]) == token for index, token in trie.idx2token.items())
-    text = "".join(token.decode("utf-8", errors="ignore") for token in trie.idx2token.values())
-    assert WORLD.encode(text) == trie.encode(text)
-
-
-@given(text=texts, tokenizer=st.sampled_from([WORLD, BYTE]))
-def test_round_trip(text: str, tokenizer: Tokenizer) -> None:
-    ids = tokenizer.encode(text)
-    assert tokenizer.decode(ids) == text
-    assert tokenizer.decode([0, *ids, 0]) == text
-
-
-def test_byte_ids_are_one_more_than_the_byte() -> None:
-    assert BYTE.encode("Aé\n") == [66, 0xC3 + 1, 0xA9 + 1, 11]
-    assert all(WORLD.decode_bytes([index]) == BYTE.decode_bytes([index]) for index in range(257))
-
-
-def test_names_and_sizes() -> None:
-    assert (WORLD.name, WORLD.vocab_size, WORLD.end_token) == ("world", 65536, 0)
-    assert (BYTE.name, BYTE.vocab_size, BYTE.end_token) == ("byte", 257, 0)
-    assert Tokenizer.world() is WORLD
-
-
-@given(ids=st.lists(st.integers(0, 256)))
-def test_streaming_gives_the_same_text_even_for_broken_utf8(ids: list[int]) -> None:
-    decoder = BYTE.decoder()
-    assert "".join(map(decoder.feed, ids)) + decoder.flush() == BYTE.decode(ids)
-
-
-def test_streaming_keeps_half_characters_back() -> None:
-    decoder = BYTE.decoder()
-    assert [decoder.feed(index) for index in BYTE.encode("é👍.")] == ["", "é", "", "", "", "👍", "."]
-    assert decoder.feed(BYTE.encode("é")[0]) == ""
-    assert (decoder.flush(), decoder.flush(), decoder.feed(66)) == ("\ufffd", "", "A")
-
-
-@pytest.mark.parametrize(("tokenizer", "unused"), [(WORLD, 65530), (BYTE, 300)])
-def test_streaming_survives_an_unused_id(tokenizer: Tokenizer, unused: int) -> None:
-    assert tokenizer.decoder().feed(unused) == "\ufffd"
-
-
-@pytest.mark.parametrize(("tokenizer", "index"), [(WORLD, 65530), (WORLD, 70000), (WORLD, -1), (BYTE, 257)])
-def test_ids_without_a_token(tokenizer: Tokenizer, index: int) -> None:
-    with pytest.raises(
-        DataError, match=rf"^token id {index}: not in the {tokenizer.name} vocabulary, which has 0 to .*;"
-    ):
-        tokenizer.decode([1, index])
-
-
-@pytest.mark.parametrize("tokenizer", [WORLD, BYTE])
-def test_lone_surrogate(tokenizer: Tokenizer) -> None:
-    with pytest.raises(DataError, match=r"^lone surrogate U\+D83D: .*; remove it.*$"):
-        tokenizer.encode("ab\ud83d")
-
-
-@pytest.mark.parametrize(
-    ("name", "vocab_size", "expected"),
-    [
-        ("auto", 65536, WORLD), ("auto", 257, BYTE), ("auto", 512, BYTE),
-        ("world", 65536, WORLD), ("world", 65530, WORLD), ("byte", 65536, BYTE), ("byte", 257, BYTE),
-    ],
-)  # fmt: skip
-def test_tokenizer_for(name: Any, vocab_size: int, expected: Tokenizer) -> None:
-    assert tokenizer_for(name, vocab_size) is expected
-
-
-@pytest.mark.parametrize(
-    ("name", "vocab_size"), [("auto", 256), ("auto", 513), ("auto", 50277), ("world", 65529), ("byte", 256)]
-)
-def test_tokenizer_that_does_not_fit(name: Any, vocab_size: int) -> None:
-    with pytest.raises(ConfigError, match=rf"^--tokenizer {name}: .*; .*$"):
-        tokenizer_for(name, vocab_size)
 
 
 # --- chat form

@@ -275,6 +275,7 @@ def test_the_shim_runs(tmp_path: Path, model_file: Callable[..., Path]) -> None:
 # --- what is an error, in one line
 
 BASE = "--load_model $load_model --proj_dir $proj_dir --data_file $data_file --data_type sft --peft lora "
+BASE += "--epoch_steps 1 --epoch_count 1 "  # so that a line without its error ends soon
 ERRORS = [
     ("--n_embd 2048", "--n_embd 2048: the model file has 64; leave the flag out, or name the right model"),
     ("--n_layer 24", "--n_layer 24: the model file has 2;"),

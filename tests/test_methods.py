@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 import io
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from peft import LoraConfig, MissConfig, PeftModel, get_peft_model
@@ -21,10 +24,13 @@ from rwkv_peft.adapters import ADAPTERS, SavedAdapter, merge_adapter, read_adapt
 from rwkv_peft.checkpoint import read_tensors
 from rwkv_peft.cli import main
 from rwkv_peft.config import AdapterConfig, TrainConfig
+from rwkv_peft.data.batches import Batch, beside, padded
+from rwkv_peft.data.masking import Encoded
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.export.merge import changed_tensors
 from rwkv_peft.models import ModelState, Rwkv
 from rwkv_peft.training.run import RunResult
+from rwkv_peft.training.step import batch_loss
 
 VERSIONS = ("x070", "x070a", "x060", "x052")
 METHODS: dict[str, dict[str, Any]] = {
@@ -111,6 +117,50 @@ def test_only_what_the_method_names_has_changed(trained: Trained) -> None:
         assert len(changed) > 0.9 * len(after)  # layer 0's v_first gates and rows of the embedding can be without use
     else:
         assert changed <= parts and len(changed) >= 0.9 * len(parts)
+
+
+LENGTHS = [1, 48, 2, 17, 1, 16, 5, 33, 3, 48, 4]
+
+
+def test_packed_documents_are_documents_one_by_one(trained: Trained) -> None:
+    """Loss, and the gradient of everything that trains, learned states included; padded on either side too.
+
+    In float64 exactly; in float32 to 1e-5, or as near as each document by itself is to float64 where that is less.
+    """
+    random, rows = np.random.default_rng(4), []
+    for length in LENGTHS:
+        target = random.random(length + 1) < 0.6
+        target[0], target[-1] = False, True
+        rows.append(Encoded(random.integers(0, 257, length + 1, np.int32), target))
+    model = trained.model.requires_grad_(True) if trained.config.peft == "full" else trained.model
+    double, singly = copy.deepcopy(model).double(), [padded([row]) for row in rows]
+    alone, exact = gradients(model, singly), gradients(double, singly)
+    layouts = [beside] if trained.config.peft != "lora" else [beside, padded, partial(padded, side="left")]
+    for layout in layouts:
+        together, exactly_together = gradients(model, [layout(rows)]), gradients(double, [layout(rows)])
+        assert together[0] == pytest.approx(alone[0], rel=1e-5)
+        assert together[1].keys() == alone[1].keys() and len(alone[1]) > 0
+        for name, want in exact[1].items():
+            assert distance(exactly_together[1][name], want) <= 1e-9, name
+            assert distance(together[1][name], alone[1][name]) <= max(1e-5, 4 * distance(alone[1][name], want)), name
+            assert distance(alone[1][name], want) <= 1e-3, name
+
+
+def distance(got: Tensor, want: Tensor) -> float:
+    """The norm of their difference, relative to the norm of what is wanted."""
+    return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
+
+
+def gradients(model: Rwkv, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
+    """The loss of a step with these batches, and its gradients."""
+    total = 0.0
+    for batch in batches:
+        loss, penalty = batch_loss(model, batch, 0.05)
+        (loss + penalty).backward()
+        total += float(loss.detach())
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    model.zero_grad()
+    return total, found
 
 
 def part_of(model: Rwkv, part: str) -> list[str]:

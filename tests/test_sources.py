@@ -183,6 +183,14 @@ def test_a_parquet_row_that_python_cannot_hold(tmp_path: Path) -> None:
     assert second[1].startswith("!a value cannot be read ('utf-8' codec")
 
 
+def test_parquet_tables_without_rows_or_with_a_name_twice(tmp_path: Path) -> None:
+    pyarrow, writer = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    writer.write_table(pyarrow.table({"text": pyarrow.array([], pyarrow.string())}), tmp_path / "t.parquet")
+    assert failure(tmp_path / "t.parquet") == "t.parquet: has no rows; write one example a row"
+    writer.write_table(pyarrow.Table.from_arrays([pyarrow.array(["x"])] * 2, ["a", "a"]), tmp_path / "t.parquet")
+    assert failure(tmp_path / "t.parquet") == "t.parquet: names the column 'a' twice; rename one"
+
+
 # --- what makes one item useless, and not the others
 
 

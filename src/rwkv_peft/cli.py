@@ -17,7 +17,18 @@ from pathlib import Path
 from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 
 from . import __version__, config
-from .config import ADVANCED, ESCAPES, ChatConfig, DemoConfig, GenerateConfig, MergeConfig, TrainConfig, flag_of
+from .config import (
+    ADVANCED,
+    ESCAPES,
+    ChatConfig,
+    DemoConfig,
+    GenerateConfig,
+    InspectConfig,
+    MergeConfig,
+    PrepareConfig,
+    TrainConfig,
+    flag_of,
+)
 from .errors import ConfigError, RwkvPeftError
 from .yaml_config import build, convert, read_yaml, settings_of, suggestion
 
@@ -183,7 +194,8 @@ def parser(name: str, everything: bool) -> Parser:
     if command.positional:
         forms = " ".join(map(str.upper, command.positional))
         result.add_argument(POSITIONAL, nargs="*", metavar=forms, help="the same as the flags of these names")
-    for key, setting in settings.items():
+    required_first = sorted(settings.items(), key=lambda item: item[1].default is not MISSING)
+    for key, setting in required_first:
         text = f"{docs[key]} {default_text(setting.default)}".strip().replace("%", "%%")
         shown = argparse.SUPPRESS if key in hidden else text.replace("`", "")
         if bool in (setting.hint, *get_args(setting.hint)):
@@ -273,6 +285,20 @@ def demo(config: DemoConfig) -> None:
     run_demo(config)
 
 
+def prepare(config: PrepareConfig) -> None:
+    """Turn text into tokens, or back."""
+    from .data.prepare import prepare
+
+    prepare(config)
+
+
+def inspect(config: InspectConfig) -> None:
+    """Look at data, a model, an adapter or a state."""
+    from .inspection import run_inspect
+
+    run_inspect(config)
+
+
 def merge(config: MergeConfig) -> None:
     """Merge, and say where the file is."""
     from .export.merge import merge
@@ -304,6 +330,20 @@ COMMANDS = {
         train,
         if_memory_ends="try --grad-checkpoint, or a smaller --micro-batch, --ctx-len or --rank",
         hint="The original's flags work too: docs/migration.md.",
+    ),
+    "inspect": Command(
+        "look at data as training would see it, or at a model, adapter or state: inspect PATH...",
+        InspectConfig,
+        inspect,
+        ("data",),
+        if_memory_ends="try --streaming, or a part of it, such as --split 'train[:10000]'",
+    ),
+    "prepare": Command(
+        "turn text into tokens once, or back: prepare PATH... --out PREFIX",
+        PrepareConfig,
+        prepare,
+        ("data",),
+        if_memory_ends="try fewer --jobs",
     ),
     "merge": Command("add an adapter to its base: BASE ADAPTER OUT", MergeConfig, merge, ("base", "adapter", "out")),
     "generate": Command("continue a prompt", GenerateConfig, generate),

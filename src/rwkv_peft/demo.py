@@ -14,6 +14,7 @@ from .data.examples import segments_of
 from .data.sources import read_items
 from .data.templates import find_template
 from .data.tokenizer import Tokenizer
+from .errors import DataError
 from .export.merge import merge
 from .files import write_text
 from .inference import answer_all
@@ -67,7 +68,8 @@ def demo_settings(out: Path) -> TrainConfig:
 def heldout() -> list[tuple[str, str]]:
     """Prompt and wanted answer of each held-out example."""
     template = find_template("rwkv")
-    pairs = [segments_of(item.value, None, template)[0] for item in read_items(str(HELDOUT))]
+    values = [item.value for item in read_items(str(HELDOUT))]
+    pairs = [segments_of(value, None, template)[0] for value in values if not isinstance(value, DataError)]
     return [(prompt.text, answer.text.strip()) for prompt, answer in pairs]
 
 

@@ -108,7 +108,7 @@ class _Prepared:
 
     data: list[str]
     out: Path
-    """Prefix of the two files to write, PREFIX.bin and PREFIX.idx; or a `.jsonl` or `.txt` file to turn them back into."""
+    """Prefix of the two files to write, PREFIX.bin and PREFIX.idx; or a `.jsonl` or `.txt` file to turn them into."""
 
 
 @dataclass
@@ -139,7 +139,7 @@ class InspectConfig(DataConfig):
     """Look at data as training would see it, or at a model, adapter or state file."""
 
     show: int = 0
-    """Examples to show as the model will see them, what is masked in grey (between ⟦ and ⟧ where there is no colour)."""
+    """Examples to show as the model will see them, what is masked in grey (between ⟦ and ⟧ without colours)."""
     picture: Path | None = None
     """PNG file to draw the lengths of the examples into."""
     model: Path | None = None

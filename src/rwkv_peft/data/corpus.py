@@ -62,6 +62,14 @@ class Record:
     """Origins of the items whose text holds the stop token."""
 
 
+class NoneLeftError(DataError):
+    """No item of a source can be used."""
+
+    def __init__(self, message: str, record: Record | None) -> None:
+        super().__init__(message)
+        self.record = record
+
+
 class Spool:
     """An array that grows at its end: in memory, and in a temporary file once it is long (or at once)."""
 
@@ -118,7 +126,7 @@ def read_corpora(source: str, config: DataConfig, template: Template, encoder: E
 def from_binidx(pair: Binidx, encoder: Encoder, in_file: bool | None) -> Corpus:
     """The documents of a binidx pair; documents of one token hold nothing to predict, and are left out."""
     if encoder.mask in ("answers", "last"):
-        raise ConfigError(f"--mask {encoder.mask}: {pair.title} is binidx, which does not say what is an answer; use qa")
+        raise ConfigError(f"--mask {encoder.mask}: {pair.title} is binidx, which has no answers marked; use qa")
     usable = pair.lengths > 1
     starts, lengths, vocab_size = pair.starts[usable], pair.lengths[usable], encoder.tokenizer.vocab_size
     if not len(starts):
@@ -160,7 +168,7 @@ def from_items(
             target.add(example.target)
             lengths.append(len(example.ids))
     if not lengths:
-        raise DataError(f"{first_problem} (the first of {skipped} skipped examples; none is left)")
+        raise NoneLeftError(f"{first_problem} (the first of {skipped} skipped examples; none is left)", record)
     array = np.array(lengths, np.int64)
     starts = np.cumsum(array) - array
     return Corpus(source, ids.array(), target.array(), starts, array, vocab_size, skipped, notes, record)

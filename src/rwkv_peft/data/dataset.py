@@ -151,12 +151,12 @@ def read(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
     of = np.repeat(np.arange(len(corpora)), counts)[chosen]
     lengths, starts = (np.concatenate([getattr(c, name) for c in corpora])[chosen] for name in ("lengths", "starts"))
     examples = Windows(of, starts, lengths - 1)
-    source = np.array(source_of)[of]
+    sources = np.array(source_of)[of]
     for number, (name, share) in enumerate(shares):
-        if share is not None and not (source == number).any():
+        if share is not None and not (sources == number).any():
             raise DataError(f"{name}: --split {config.split} leaves none of its examples, but it has a share; drop it")
     return Dataset(
-        corpora, examples, source, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
+        corpora, examples, sources, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
         config.ctx_len, config.overlong, config.split, target_tokens=0, long=0, lost=0,
         skipped=sum(corpus.skipped for corpus in corpora), left_out=sum(counts) - len(chosen), held_out=0,
         notes=[*(note for corpus in corpora for note in corpus.notes), *encoder.notes()],

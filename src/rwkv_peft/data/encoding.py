@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -13,8 +13,9 @@ import numpy.typing as npt
 from ..config import OnBadLine, PrepareConfig
 from ..errors import DataError
 from .examples import segments_of
+from .formats import Value
 from .sources import Item
-from .templates import Segment, find_template
+from .templates import find_template
 from .tokenizer import BYTE_VOCAB_SIZES, WORLD_VOCAB_SIZE, Tokenizer
 
 BLOCK = 4 << 20  # characters of the items that go to a process at once
@@ -85,7 +86,7 @@ class Block:
     """(N,) side by side."""
     sizes: npt.NDArray[np.int32]
     """(n,) tokens of each."""
-    counts: Counts = field(default_factory=Counts)
+    counts: Counts
 
 
 class BlockEncoder:
@@ -100,47 +101,42 @@ class BlockEncoder:
         self.stop = self.tokenizer.end_token if stop is None else self.tokenizer.stop_id(stop)
 
     def __call__(self, items: list[Item]) -> Block:
-        """The documents of `items`. Where one must not be skipped, it is the last that is counted."""
-        counts = Counts()
+        """The documents of `items`. Where a bad one must not be skipped, it is the last that is counted."""
         ids, sizes = array("H"), array("i")
+        counts = Counts()
         for item in items:
-            counts.items += 1
             before, documents = len(ids), len(sizes)
             try:
-                if isinstance(item.value, DataError):
-                    raise item.value
-                every_turn = self.recipe.stop_token is not None
-                for segments in segments_of(item.value, self.recipe.fields, self.template, every_turn):
-                    start = len(ids)
-                    self.add_document(ids, segments, counts)
-                    sizes.append(len(ids) - start)
+                counts = counts.plus(self._add(item.value, ids, sizes))
             except DataError as error:
                 del ids[before:], sizes[documents:]
-                counts.problem = counts.problem or f"{item.origin}: {error}"
-                counts.skipped += 1
+                counts = counts.plus(Counts(items=1, skipped=1, problem=f"{item.origin}: {error}"))
                 if self.recipe.on_bad_line == "stop":
                     break
         return Block(np.array(ids, np.uint16), np.array(sizes, np.int32), counts)
 
-    def add_document(self, ids: array[int], segments: list[Segment], counts: Counts) -> None:
-        """Add the tokens of a document to `ids`; it ends with the stop token or with token 0, as in training.
+    def _add(self, value: Value, ids: array[int], sizes: array[int]) -> Counts:
+        """Add the documents of one item, each ending with the stop token or with token 0, as in training.
 
         Each segment is encoded by itself; a single one is plain text, which ends with token 0.
         """
+        if isinstance(value, DataError):
+            raise value
         end = self.tokenizer.end_token
-        stop = end if len(segments) == 1 else self.stop
-        for segment in segments:
-            holds_stop = False
-            for stretch in self.tokenizer.stretches(segment.text):
-                found = self.tokenizer.encode(stretch)
-                ids.extend(found)
-                counts.bytes += len(stretch) if stretch.isascii() else len(stretch.encode())
-                holds_stop = holds_stop or (stop != end and stop in found)
-            counts.stops_inside += holds_stop
-            if segment.ends:
-                ids.append(stop)
-        if not segments[-1].ends:
-            ids.append(end)
+        size = stops_inside = 0
+        for segments in segments_of(value, self.recipe.fields, self.template, self.recipe.stop_token is not None):
+            start = len(ids)
+            stop = end if len(segments) == 1 else self.stop
+            for segment in segments:
+                begin = len(ids)
+                for stretch in self.tokenizer.stretches(segment.text):
+                    ids.fromlist(self.tokenizer.encode(stretch))
+                    size += len(stretch) if stretch.isascii() else len(stretch.encode())
+                stops_inside += stop != end and stop in ids[begin:]
+                ids.extend([stop] * segment.ends)
+            ids.extend([end] * (not segments[-1].ends))
+            sizes.append(len(ids) - start)
+        return Counts(items=1, bytes=size, stops_inside=stops_inside)
 
 
 def blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:

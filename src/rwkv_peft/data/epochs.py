@@ -63,7 +63,8 @@ def draw(data: Dataset, seed: int, epoch: int) -> Integers:
     examples = np.concatenate(taken)
     sizes = data.first[examples + 1] - data.first[examples]
     offset = np.arange(sizes.sum()) - np.repeat(np.cumsum(sizes) - sizes, sizes)
-    return np.repeat(data.first[examples], sizes) + offset
+    pieces: Integers = np.repeat(data.first[examples], sizes) + offset
+    return pieces
 
 
 def quotas(shares: list[float], total: int) -> list[int]:
@@ -74,8 +75,10 @@ def quotas(shares: list[float], total: int) -> list[int]:
 def take(count: int, quota: int, seed: int, source: int, epoch: int) -> Integers:
     """(quota,) the next of `count` things, which are gone through again and again, in a new order each time."""
     at = np.arange(epoch * quota, (epoch + 1) * quota)
-    passes = [np.random.default_rng([seed, source, n]).permutation(count) for n in range(at[0] // count, at[-1] // count + 1)]
-    return np.concatenate(passes)[at - at[0] // count * count]
+    first, last = int(at[0]) // count, int(at[-1]) // count
+    passes = [np.random.default_rng([seed, source, n]).permutation(count) for n in range(first, last + 1)]
+    taken: Integers = np.concatenate(passes)[at - first * count]
+    return taken
 
 
 class Stream:

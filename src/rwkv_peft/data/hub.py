@@ -20,16 +20,30 @@ BATCH = 1 << 24  # bytes of rows that are made Python objects at once
 MOST_ROWS = 1024  # of them
 SECRET = re.compile(r"\bhf_\w+|(?<=[?&])\S+|(?<=://)[^/\s@]+@")  # tokens, and what signs an address
 
-# What the libraries say of a dataset → what the user can do about it
-REMEDIES = {
-    "gated": "ask for access on its page, then log in with `hf auth login`",
-    "doesn't exist|Repository Not Found": "give --data what exists, or log in with `hf auth login` if it is private",
-    "Config name is missing": "choose one with --subset",
-    "BuilderConfig .* not found": "correct --subset",
-    "[Uu]nknown split|Bad split": "correct --split",
-    "[Cc]ouldn't reach|offline|[Cc]onnection|timed out|Server Error": "check the connection, or try again later",
-    "scripts are no longer supported": "give --data the files that the script would read",
-    "namespace/name": "give its owner too, as OWNER/NAME",
+# What the libraries say of a dataset on the hub → what we say of it, and the remedy
+SAID = {
+    r"doesn't exist on the Hub|Repository Not Found": (
+        "neither a file or folder here nor a dataset of the hub that may be read",
+        "correct the name, or log in with `hf auth login` if it is private",
+    ),
+    r"is a gated dataset": ("is gated", "ask for access on its page on the hub, then log in with `hf auth login`"),
+    r"Config name is missing.*?(\[.*?\])": (r"has several configurations: \1", "choose one with --subset"),
+    r"BuilderConfig (.*?) not found.*?(\[.*?\])": (r"has no configuration \1, but \2", "correct --subset"),
+    r"[Uu]nknown split (.*?)\. .*?(\[.*?\])": (r"has no split \1, but \2", "correct --split"),
+    r"Bad split: (.*?)\. .*?(\[.*?\])": (r"has no split \1, but \2", "correct --split"),
+    r"(?i:couldn't reach|locate the file|offline|connection|timed out|server error)": (
+        "no file or folder here, and the hub cannot be reached",
+        "correct the path, or check the connection and try again",
+    ),
+    r"doesn't contain any data files|No \(supported\) data files": (
+        "has no files that can be read",
+        "download what it has, make JSON lines of it, and give --data those",
+    ),
+    r"scripts are no longer supported": (
+        "needs a script of its own to be run",
+        "download the files that it would read",
+    ),
+    r"namespace/name": ("has no owner in its name", "write it as OWNER/NAME"),
 }
 
 
@@ -50,11 +64,11 @@ def parquet_rows(path: Path) -> Found:
 
 
 def _parquet(file: BinaryIO, path: Path) -> Found:
-    arrow, parquet = optional("pyarrow", str(path)), optional("pyarrow.parquet", str(path))
+    parquet = optional("pyarrow.parquet", str(path))
     number = 0
     try:
         # Without buffers of its own, reading keeps a whole column of a row group in memory.
-        table = parquet.ParquetFile(file, buffer_size=1 << 20, pre_buffer=False)
+        table = parquet.ParquetFile(file, buffer_size=1 << 20, page_checksum_verification=True)
         _all_different(table.schema_arrow.names)
         groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
         longest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
@@ -62,7 +76,9 @@ def _parquet(file: BinaryIO, path: Path) -> Found:
             for value in _objects(batch):
                 number += 1
                 yield f": row {number}", value
-    except (arrow.ArrowException, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # Damage shows as errors of many kinds, such as those of decoding text.
         raise DamagedError(f"is no Parquet file, or a damaged one ({one_line(error)}); copy it anew") from None
     if not number:
         raise DataError("has no rows; write one example a row")
@@ -180,8 +196,10 @@ def _said_of_hub(error: Exception) -> str:
         return (
             f"its files cannot be read ({one_line(error.__cause__)}); download them, mend them, and give --data those"
         )
-    remedy = next((remedy for pattern, remedy in REMEDIES.items() if re.search(pattern, said)), "give --data another")
-    return f"{said.rstrip('.')}; {remedy}"
+    for pattern, (what, remedy) in SAID.items():
+        if form := re.search(pattern, said):
+            return f"{form.expand(what)}; {remedy}"
+    return f"cannot be loaded ({said}); check it on the hub, or download its files and give --data those"
 
 
 def one_line(error: BaseException) -> str:

@@ -110,7 +110,8 @@ def between(ids: Ids, masked: Ids, trained: Ids) -> Flags:
     for value, mark in ((1, trained), (0, masked)):
         event[1:][starts_of(ids, mark)] = value
     at = np.where(event >= 0, np.arange(len(event)), 0)
-    return event[np.maximum.accumulate(at)][1:] == 1
+    inside: Flags = event[np.maximum.accumulate(at)][1:] == 1
+    return inside
 
 
 def starts_of(ids: Ids, mark: Ids) -> Flags:

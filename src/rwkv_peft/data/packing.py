@@ -31,17 +31,18 @@ def best_fit(lengths: Integers, capacity: int) -> tuple[Integers, int]:
             free.setdefault(room, []).append(rows)
 
     for length, documents in zip((-values).tolist(), np.split(order, first[1:]), strict=True):
-        while len(documents):
+        left = documents
+        while len(left):
             at = bisect_left(rooms, length)
             if at < len(rooms):
                 room = rooms.pop(at)
                 rows = np.concatenate(free.pop(room))
             else:
-                room, new = capacity, -(-len(documents) // (capacity // length))
+                room, new = capacity, -(-len(left) // (capacity // length))
                 rows = np.arange(count, count + new)
                 count += new
             each = room // length
-            now, documents = documents[: each * len(rows)], documents[each * len(rows) :]
+            now, left = np.split(left, [each * len(rows)])
             row_of[now] = np.repeat(rows, each)[: len(now)]
             full, rest = divmod(len(now), each)
             put_back(room - each * length, rows[:full])

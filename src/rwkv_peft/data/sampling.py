@@ -1,4 +1,4 @@
-"""Which rows a step sees, and its batches: a pure function of the data, the settings, the seed and the step's number."""
+"""Which rows a step sees, and its batches: a pure function of data, settings, seed and the step's number."""
 
 from __future__ import annotations
 

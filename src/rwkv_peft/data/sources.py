@@ -154,7 +154,7 @@ def _items(name: str, read: Callable[[], Found]) -> Iterator[Item]:
             for place, value in read():
                 yield Item(name + place, value)
         except DamagedError as error:
-            reason, _, remedy = str(error).partition("; ")
+            reason, _, remedy = str(error).rpartition("; ")
             last = place.strip(": ")
             after = f" after {'line ' if last.isdigit() else ''}{last}" if last else " from its beginning"
             raise DataError(f"{name}: {reason}{after}; {remedy}") from None

@@ -16,6 +16,7 @@ from .matching import FAST_PACKAGE, FastEncoder, Matcher, fast_world, world_file
 
 WORLD_VOCAB_SIZE = 65536
 BYTE_VOCAB_SIZES = range(257, 513)
+MOST_SHOWN = 60  # characters of a user's text in a message
 ESCAPE = re.compile(r"\\(?:x([0-9a-fA-F]{2})|u([0-9a-fA-F]{4})|U([0-9a-fA-F]{8})|([ntr0\\]))")
 ESCAPED = {"n": "\n", "t": "\t", "r": "\r", "0": "\0", "\\": "\\"}
 
@@ -69,7 +70,7 @@ class Tokenizer:
         return self._encode_plain(text)
 
     def stretches(self, text: str) -> Iterator[str]:
-        """`text` in stretches, so that a long one takes less memory: their ids, one behind the other, are those of `text`.
+        """`text` in stretches, so that a long one takes less memory; their ids, side by side, are those of `text`.
 
         With special tokens, which may stand anywhere, it is one stretch.
         """
@@ -252,5 +253,6 @@ def _unescape(text: str) -> str:
 
 
 def _shown(text: str) -> str:
-    """`text` as a message shows it, on one line."""
-    return text if text.isprintable() and text else repr(text)
+    """`text` as a message shows it: on one line, and not for ever."""
+    short = text[:MOST_SHOWN] + "…" * (len(text) > MOST_SHOWN)
+    return short if short.isprintable() and short else repr(short)

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from rich.console import Console
 
 from ..config import InspectConfig, shares_of
-from ..errors import ConfigError, DataError
-
-if TYPE_CHECKING:
-    from .data import View
+from ..errors import ConfigError
 
 LABEL = 13  # letters before what a line tells
 
@@ -33,9 +29,11 @@ def run_inspect(config: InspectConfig, console: Console | None = None) -> None:
     console = console or Console()
     weights = [source for source, _ in shares_of(config.data) if is_weights(source) or is_run(source)]
     data = [source for source in config.data if source not in weights]
-    for path in weights:
+    for number, path in enumerate(weights):
+        say(console, *[""] * (number > 0))
         inspect_weights(path, console)
     if data:
+        say(console, *[""] * bool(weights))
         inspect_data(replace(config, data=data, on_bad_line="skip"), console)
 
 
@@ -46,36 +44,48 @@ def inspect_weights(path: str, console: Console) -> None:
     every = [path]
     if not is_weights(path):
         every = weights_of_run(path)
-        say(console, "", f"{path}: taken for the folder of a run")
+        say(console, f"{path} is taken for the folder of a run")
     for place in every:
         for number, (label, text) in enumerate(weights_rows(place)):
             if not number:
-                say(console, "", place)
-            say(console, label, text)
+                say(console, place)
+            say(console, labelled(label, text))
 
 
 def inspect_data(config: InspectConfig, console: Console) -> None:
     """Tell what data is, with the lengths of its examples and some of them in full."""
-    from .data import layout_row, problem_rows, rows_of, tokenizer_of, unusable, view_of
-    from .lengths import draw, histogram
-    from .examples import can_write, FULL
+    from ..data.corpus import NoneLeftError
+    from .data import layout_row, problem_rows, rows_of, tokenizer_of, view_of
+    from .examples import can_write, show_examples
+    from .lengths import FULL, draw, histogram
 
     tokenizer = tokenizer_of(config)
     try:
         with console.status("reading"):
             view = view_of(config, tokenizer)
-    except DataError as error:
-        for label, text in problem_rows(unusable(config, tokenizer)):
-            say(console, label, text)
-        say(console, "rows", f"none: {error}")
+    except NoneLeftError as error:
+        for label, text in problem_rows([error.record] if error.record else []):
+            say(console, labelled(label, text))
+        say(console, labelled("rows", f"none: {error}"))
         return
     for label, text in rows_of(view):
-        say(console, label, text)
+        say(console, labelled(label, text))
     lengths = view.data.examples.inputs
     for line in histogram(lengths, plain=not can_write(console, FULL)):
-        say(console, "", line)
-    say(console, *layout_row(view))
+        say(console, labelled("", line))
+    say(console, labelled(*layout_row(view)))
     if config.picture:
         draw(config.picture, lengths, config.ctx_len)
-        say(console, "picture", str(config.picture))
+        say(console, labelled("picture", str(config.picture)))
     show_examples(view, console)
+
+
+def labelled(label: str, text: str) -> str:
+    """A line of what is told, under the one before."""
+    return f"{label:<{LABEL}}{text}"
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines as they are, however long."""
+    for line in lines:
+        console.print(line, highlight=False, markup=False, soft_wrap=True)

@@ -5,22 +5,19 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import chain
 
 import numpy as np
 import numpy.typing as npt
 
-from ..config import InspectConfig, shares_of
-from ..data.binidx import is_binidx
-from ..data.corpus import Corpus, Record, encoded_examples
+from ..config import InspectConfig
+from ..data.corpus import Corpus, Record
 from ..data.dataset import Dataset, count_targets, load_dataset, plural
 from ..data.masking import Encoder, encoder_for
 from ..data.sampling import Sampler
-from ..data.sources import read_items
 from ..data.templates import find_template
 from ..data.tokenizer import BYTE_VOCAB_SIZES, WORLD_VOCAB_SIZE, Tokenizer, tokenizer_for
-from ..errors import DataError
 from ..loading import read_sizes
 from .lengths import statistics
 
@@ -28,8 +25,9 @@ Row = tuple[str, str]
 """A label and what stands behind it; no label is more of the line above."""
 
 MOST_REASONS = 5
+STOPS = "hold the stop token"  # in the note of the encoder, which does not say where
 MICRO_BATCH = 8
-EMPTY = "no answer tokens"
+EMPTY = re.compile("no answer tokens(?!: no message is by)")  # in messages of items that have an empty answer
 DEEDS = {"split": "split into rows", "truncate": "truncated", "drop": "dropped"}
 # What differs between messages of one kind: quoted texts and numbers
 DETAILS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|0x[0-9a-f]+|\d+")
@@ -48,11 +46,9 @@ class View:
     def origin(self, example: int) -> str:
         """Where an example stands."""
         place = self.data.examples
-        corpus, start = self.data.corpora[int(place.corpus[example])], int(place.start[example])
-        number = int(np.searchsorted(corpus.starts, start))
-        if corpus.record is None:
-            return f"{corpus.title}: document at token {start:,}"
-        return corpus.record.origins[number]
+        corpus = self.data.corpora[int(place.corpus[example])]
+        number = int(np.flatnonzero(corpus.starts == place.start[example])[0])
+        return f"{corpus.title}: document {number + 1}" if corpus.record is None else corpus.record.origins[number]
 
 
 def tokenizer_of(config: InspectConfig) -> Tokenizer:
@@ -65,28 +61,14 @@ def tokenizer_of(config: InspectConfig) -> Tokenizer:
 
 
 def view_of(config: InspectConfig, tokenizer: Tokenizer) -> View:
-    """Read and lay out all data. Raises ConfigError and DataError, the latter also if no example can be used."""
+    """Read and lay out all data.
+
+    Raises ConfigError and DataError, which is a NoneLeftError where no example of a source can be used.
+    """
     data = load_dataset(config, tokenizer)
     rows = 1 if config.sampling == "only" else MICRO_BATCH
     sampler = Sampler(data, config.sampling, rows, windows=config.windows, pad_side=config.pad_side)
     return View(config, tokenizer, encoder_for(config, tokenizer, find_template(config.template)), data, sampler)
-
-
-def unusable(config: InspectConfig, tokenizer: Tokenizer) -> list[Record]:
-    """What became of the items of data of which some source, or all, has nothing to train on.
-
-    Raises DataError if one cannot be read at all.
-    """
-    template = find_template(config.template)
-    encoder = encoder_for(config, tokenizer, template)
-    records = []
-    for source, _ in shares_of(config.data):
-        if not is_binidx(source):
-            records.append(Record())
-            items = read_items(source, config.split, config.subset, config.separator)
-            for _ in encoded_examples(items, config, template, encoder, records[-1]):
-                pass
-    return records
 
 
 def rows_of(view: View) -> Iterator[Row]:
@@ -98,11 +80,14 @@ def rows_of(view: View) -> Iterator[Row]:
     yield "examples", f"{len(data.examples):,}{chosen}"
     yield from problem_rows(records)
     yield from duplicate_rows(view)
-    yield from token_rows(data)
+    yield from token_rows(data, is_stream=view.sampler.stream is not None)
     stops = list(chain.from_iterable(record.stops for record in records))
     if stops:
-        yield "stop token", f"{view.encoder.stop} is inside the text of {plural(len(stops), 'example')}, first {stops[0]}"
-    yield from (("note", note) for note in data.notes)
+        yield (
+            "stop token",
+            f"{view.encoder.stop} is inside the text of {plural(len(stops), 'example')}, first {stops[0]}",
+        )
+    yield from (("note", note) for note in data.notes if STOPS not in note)
     yield "lengths", statistics(data.examples.inputs)
 
 
@@ -112,9 +97,11 @@ def source_rows(data: Dataset) -> Iterator[Row]:
     tokens = np.bincount(data.examples.corpus, data.examples.inputs, len(data.corpora)).astype(np.int64)
     label = "data"
     for number, corpus in enumerate(data.corpora):
-        kind = "documents" if corpus.record is None else "examples"
-        text = f"{corpus.title}: {counts[number]:,} {kind}, {tokens[number]:,} tokens"
-        yield label, text + (f"; binidx, {corpus.ids.dtype}, largest id {largest_id(corpus):,}" * (kind == "documents"))
+        kind = "document" if corpus.record is None else "example"
+        text = f"{corpus.title}: {plural(int(counts[number]), kind)}, {plural(int(tokens[number]), 'token')}"
+        if corpus.record is None:
+            text += f"; binidx, {corpus.ids.dtype}, largest id {largest_id(corpus):,}"
+        yield label, text
         label = ""
     if data.shares:
         yield "shares", ", ".join(f"{share:.1%}" for share in data.shares)
@@ -142,17 +129,14 @@ def problem_rows(records: list[Record]) -> Iterator[Row]:
     kinds: dict[str, list[tuple[str, str]]] = {}
     for origin, message in problems:
         kinds.setdefault(DETAILS.sub("…", message.partition(";")[0]), []).append((origin, message))
-    yield "unusable", f"{len(problems):,} of {len(problems) + usable:,} are left out:"
+    yield "unusable", f"{len(problems):,} of {len(problems) + usable:,} cannot be used; the first of each kind:"
     most = sorted(kinds.values(), key=len, reverse=True)
     for members in most[:MOST_REASONS]:
-        origin, message = members[0]
-        yield "", f"{len(members):,} × {origin}: {message}" if len(members) == 1 else (
-            f"{len(members):,} × first {origin}: {message}"
-        )
+        yield "", f"{len(members):,}x {': '.join(members[0])}"
     if len(most) > MOST_REASONS:
         left = sum(map(len, most[MOST_REASONS:]))
-        yield "", f"{left:,} × of {plural(len(most) - MOST_REASONS, 'other kind')}"
-    empty = sum(EMPTY in message for _, message in problems)
+        yield "", f"{left:,}x of {plural(len(most) - MOST_REASONS, 'other kind')}"
+    empty = sum(bool(EMPTY.search(message)) for _, message in problems)
     if empty:
         yield "empty", f"{plural(empty, 'answer')}, among these"
 
@@ -170,7 +154,9 @@ def duplicate_rows(view: View) -> Iterator[Row]:
 def earlier(data: Dataset) -> npt.NDArray[np.int64]:
     """(D,) the first example that has the same tokens, for each; by a hash of 64 bits."""
     hashes = np.empty(len(data.examples), np.int64)
-    places = zip(data.examples.corpus.tolist(), data.examples.start.tolist(), data.examples.inputs.tolist(), strict=True)
+    places = zip(
+        data.examples.corpus.tolist(), data.examples.start.tolist(), data.examples.inputs.tolist(), strict=True
+    )
     for number, (corpus, start, inputs) in enumerate(places):
         ids = data.corpora[corpus].ids[start : start + inputs + 1]
         hashes[number] = hash(ids.astype(np.int32).tobytes())
@@ -178,16 +164,19 @@ def earlier(data: Dataset) -> npt.NDArray[np.int64]:
     return first[which]
 
 
-def token_rows(data: Dataset) -> Iterator[Row]:
-    """Tokens, how many are trained on, and what the context length takes away."""
+def token_rows(data: Dataset, is_stream: bool) -> Iterator[Row]:
+    """Tokens, how many are trained on, and what the context length takes away; of a stream, nothing."""
     tokens, wanted = int(data.examples.inputs.sum()), int(count_targets(data.corpora, data.examples).sum())
     yield "tokens", f"{tokens:,}, of which {data.target_tokens:,} ({data.target_tokens / tokens:.1%}) are trained on"
-    if data.long:
+    if data.long and not is_stream:
         lost = wanted - data.target_tokens
         told = f"{lost:,} tokens to train on ({lost / wanted:.1%}) of {plural(data.lost, 'example')} are lost"
-        yield "too long", (
-            f"{plural(data.long, 'example')} ({data.long / len(data.examples):.1%}) for --ctx-len {data.ctx_len}: "
-            f"{DEEDS[data.overlong]}; {told if lost else 'nothing is lost'}"
+        yield (
+            "too long",
+            (
+                f"{plural(data.long, 'example')} ({data.long / len(data.examples):.1%}) for --ctx-len {data.ctx_len}: "
+                f"{DEEDS[data.overlong]}; {told if lost else 'nothing is lost'}"
+            ),
         )
 
 
@@ -198,8 +187,3 @@ def layout_row(view: View) -> Row:
         f"{rows:,} an epoch with --sampling {sampler.sampling}, {sampler.fill():.1%} full; "
         f"{plural(sampler.steps(0), 'step')} with --micro-batch {sampler.micro_batch}"
     )
-
-
-def quiet(config: InspectConfig) -> InspectConfig:
-    """The settings, where a bad example does not stop the reading."""
-    return replace(config, on_bad_line="skip")

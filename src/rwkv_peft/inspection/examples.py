@@ -6,16 +6,62 @@ import re
 from collections.abc import Collection, Iterator
 from itertools import groupby
 
+import numpy as np
 from rich.console import Console
 from rich.text import Text
 
+from ..data.dataset import plural
 from ..data.masking import Encoded
 from ..data.tokenizer import Tokenizer
+from .data import View
 
-GREY = "grey50"
+GREY = "bright_black"
 MARKS, PLAIN_MARKS = ("⟦", "⟧"), ("[[", "]]")
 # What steers a terminal or turns the direction of writing, but for line breaks and tabs
 CONTROLS = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+
+
+def show_examples(view: View, console: Console) -> None:
+    """Write --show examples, spread evenly, or windows where training sees these."""
+    writer = Writer(console, view.tokenizer, {view.tokenizer.end_token, view.encoder.stop})
+    for title, example in windows(view) if view.sampler.stream else examples(view):
+        console.print(f"\n--- {title}", style="bold", highlight=False, markup=False, soft_wrap=True)
+        if example is not None:
+            writer.write(example)
+
+
+def examples(view: View) -> Iterator[tuple[str, Encoded | None]]:
+    """Some examples, in the pieces that fit a row, with what stands above each; None if none is left."""
+    data = view.data
+    for number in spread(len(data.examples), view.config.show):
+        first, end = int(data.first[number]), int(data.first[number + 1])
+        if first == end:
+            yield f"{view.origin(number)}: {plural(int(data.examples.inputs[number]), 'token')}, not trained on", None
+        for index in range(first, end):
+            piece = data.piece(index)
+            part = f", row {index - first + 1} of {end - first}" if end - first > 1 else ""
+            yield f"{view.origin(number)}{part}: {counted(piece)}", piece
+
+
+def windows(view: View) -> Iterator[tuple[str, Encoded]]:
+    """Some windows of the stream of all tokens, by their place in it, with what stands above each."""
+    stream = view.sampler.stream
+    assert stream is not None
+    places = np.sort(view.sampler.rows(0).members)
+    for number in spread(len(places), view.config.show):
+        window = stream.read(int(places[number]))
+        yield f"from token {places[number]:,} of all: {counted(window)}", window
+
+
+def spread(count: int, wanted: int) -> list[int]:
+    """At most `wanted` of `count` things, evenly, from the first on."""
+    wanted = min(count, wanted)
+    return [number * count // wanted for number in range(wanted)]
+
+
+def counted(example: Encoded) -> str:
+    """How long an example is, and how much of it is learnt."""
+    return f"{plural(example.inputs, 'token')}, {example.targets:,} trained on"
 
 
 class Writer:
@@ -30,7 +76,9 @@ class Writer:
     def write(self, example: Encoded) -> None:
         """Write the tokens of an example; an id in angle brackets is a token that ends something, or has no text."""
         text = Text()
-        for is_learnt, pairs in groupby(zip(example.ids.tolist(), example.target.tolist(), strict=True), lambda p: p[1]):
+        for is_learnt, pairs in groupby(
+            zip(example.ids.tolist(), example.target.tolist(), strict=True), lambda p: p[1]
+        ):
             shown = "".join(self._pieces([token for token, _ in pairs]))
             if is_learnt or self.colour:
                 text.append(shown, None if is_learnt else GREY)

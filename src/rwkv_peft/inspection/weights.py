@@ -12,7 +12,7 @@ from pathlib import Path
 from torch import Tensor
 
 from ..adapters.folder import FILES
-from ..adapters.original import read_original
+from ..adapters.original import OFFICIAL, PART, read_original
 from ..adapters.reading import read_adapter
 from ..adapters.saved import PREFIX, SavedAdapter
 from ..checkpoint import DTYPES, SUFFIXES, fingerprint, read_tensors
@@ -27,15 +27,16 @@ Row = tuple[str, str]
 """A label and what stands behind it."""
 
 ADAPTED = re.compile(r"(?:^|\.)blocks\.\d+\.(?:att|ffn)\.\w+\.(?:init_)?(?:lora_[AB]|bone|disha)(?:\.|$)")
-WHOLE = ("emb.weight", ".att.receptance.weight", ".ffn.key.weight")  # a part of an adapter may be one, never all
+DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".idx", ".gz", ".zst")  # never in the folder of a model
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_TARGETS = 12
 
 
 def is_weights(path: str) -> bool:
     """Whether a path is meant as a model, adapter or state: by its ending, or by what the folder holds."""
-    place = Path(path)
-    return place.suffix in SUFFIXES or (place.is_dir() and any(found in FILES for found in _names_in(place)))
+    names = _names_in(Path(path))
+    is_of_models = any(name.endswith(SUFFIXES) for name in names) and not any(name.endswith(DATA) for name in names)
+    return Path(path).suffix in SUFFIXES or bool(names & set(FILES)) or is_of_models
 
 
 def is_run(path: str) -> bool:
@@ -65,7 +66,7 @@ def weights_rows(path: str) -> Iterator[Row]:
     told of first.
     """
     place = Path(path)
-    if place.is_dir():
+    if _names_in(place) & set(FILES):
         yield from adapter_rows(place)
         return
     if place.name in FILES and place.name != "state.pth" and is_weights(str(place.parent)):
@@ -75,10 +76,16 @@ def weights_rows(path: str) -> Iterator[Row]:
     tensors = read_tensors(place)
     if tensors and all(name.endswith(STATES) and name.startswith("blocks.") for name in tensors):
         yield from state_rows(place, tensors)
-    elif any(map(ADAPTED.search, tensors)) or (tensors and not any(name.endswith(WHOLE[1:]) for name in tensors)):
+    elif tensors and (any(map(ADAPTED.search, tensors)) or all(map(is_part, tensors))):
         yield from original_rows(place, tensors)
     else:
         yield from model_rows(place, tensors)
+
+
+def is_part(name: str) -> bool:
+    """Whether a tensor is one that the original program trains in full beside an adapter."""
+    found = OFFICIAL.search(name)
+    return found is not None and PART.fullmatch(found[1]) is not None
 
 
 def model_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
@@ -144,7 +151,9 @@ def adapter_rows(folder: Path) -> Iterator[Row]:
 def original_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
     """Of an adapter of the original program, which does not hold its alpha nor its base."""
     if all(name.startswith(PREFIX) for name in tensors):
-        raise CheckpointError(f"{path}: is the file of an adapter folder without its adapter_config.json; copy it whole")
+        raise CheckpointError(
+            f"{path}: is the file of an adapter folder without its adapter_config.json; copy it whole"
+        )
     no_alpha = False
     try:
         saved = read_original(path)
@@ -216,7 +225,7 @@ def state_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
     state = load_state(path)
     layers, _, heads, size, _ = state.wkv.shape
     shift = "learned too" if bool(state.shift.any()) else "zero"
-    yield "state", f"{layers} layers × {heads} heads × {size}×{size}; token shifts {shift}"
+    yield "state", f"{plural(layers, 'layer')}, {plural(heads, 'head')} of {size} by {size}; token shifts {shift}"
     yield "layout", "row = value index, column = key index (blocks.N.att.time_state)"
     norms = state.wkv.flatten(1).norm(dim=1).tolist()
     for layer in range(0, layers, 8):
@@ -243,7 +252,9 @@ def parameter_rows(parts: Counter[str]) -> Iterator[Row]:
 def file_rows(paths: list[Path], name: str) -> Iterator[Row]:
     """Size and fingerprint."""
     size = sum(path.stat().st_size for path in paths)
-    unit, letters = next(((2**n, f"{letter}iB") for n, letter in ((30, "G"), (20, "M"), (10, "K")) if size >= 2**n), (1, ""))
+    unit, letters = next(
+        ((2**n, f"{letter}iB") for n, letter in ((30, "G"), (20, "M"), (10, "K")) if size >= 2**n), (1, "")
+    )
     yield "size", f"{size:,} bytes" + (f" ({size / unit:.1f} {letters})" if letters else "")
     yield "fingerprint", name
 

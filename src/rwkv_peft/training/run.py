@@ -198,10 +198,10 @@ def describe(
     yield from (f"note   {line}" for line in data.notes)
     if held is not None:
         yield f"eval   {held.summary()}"
-    rows = len(sampler.rows(0))
+    full = f", {sampler.fill():.1%} full" if config.sampling == "pack" else ""
     yield (
-        f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows; {config.sampling}: {rows:,} rows an epoch, "
-        f"{sampler.fill():.1%} full"
+        f"steps  {total:,} of {config.micro_batch} × {config.grad_accum} rows; {config.sampling}: "
+        f"{len(sampler.rows(0)):,} rows an epoch{full}"
     )
 
 

@@ -1,0 +1,144 @@
+"""How far a run of `prepare` has come, kept in PREFIX.partial/state.json so that another can go on."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..config import PrepareConfig
+from ..errors import ConfigError
+from ..files import output_errors, write_text
+from .binidx import BinidxWriter
+from .encoding import Block, Counts, Recipe
+from .sources import Split, fingerprint
+
+SAVED_EVERY = 2.0  # seconds
+FORMAT = 1  # of state.json and what it means
+
+
+@dataclass(frozen=True)
+class State:
+    """How far a run has come."""
+
+    settings: dict[str, Any]
+    """All that decides the tokens, see `settings_of`."""
+    documents: int
+    tokens: int
+    counts: Counts
+    is_whole: bool = False
+    """Whether every item is done, and only the pair is to be put in its place."""
+
+
+def settings_of(config: PrepareConfig, recipe: Recipe, stop: int) -> dict[str, Any]:
+    """All that decides the tokens, as JSON: the recipe, the sources, and what tells whether they have changed.
+
+    The bounds of --split are not among it, since they are applied at the end. Raises what `fingerprint` does.
+    """
+    name = Split.parse(config.split).name
+    template = Path(recipe.template)
+    settings = asdict(recipe) | {
+        "format": FORMAT,
+        "stop": stop,
+        "template_file": hashlib.sha256(template.read_bytes()).hexdigest() if template.is_file() else "",
+        "data": config.data,
+        "split": name,
+        "subset": config.subset,
+        "separator": config.separator,
+        "sources": [fingerprint(source, name) for source in config.data],
+    }
+    del settings["on_bad_line"]  # what is done is the same, whatever becomes of a bad line that comes later
+    found: dict[str, Any] = json.loads(json.dumps(settings))
+    return found
+
+
+def find_state(config: PrepareConfig, prefix: str, settings: dict[str, Any]) -> State:
+    """The state to go on from, which is of the same settings and sources, or a new one.
+
+    Raises ConfigError if there is one of others, or if the pair is there already, unless all may be overwritten.
+    """
+    found = _read(prefix)
+    if not config.overwrite:
+        # A run that ended between its last two steps has left a .bin, and no .idx.
+        mine = found is not None and found.is_whole and found.settings == settings
+        for path in (Path(f"{prefix}.idx"), *([] if mine else [Path(f"{prefix}.bin")])):
+            refuse_existing(path)
+    if found is not None and found.settings == settings:
+        return found
+    if found is not None and not config.overwrite:
+        changed = [name for name, value in settings.items() if found.settings and found.settings.get(name) != value]
+        raise ConfigError(
+            f"--out {prefix}: {prefix}.partial is of a run with other settings or sources "
+            f"({', '.join(changed) or 'its state.json cannot be read'}); remove that folder, or use --overwrite"
+        )
+    return State(settings, 0, 0, Counts())
+
+
+def refuse_existing(path: Path) -> None:
+    """Raise ConfigError if there is something in the place of an output."""
+    if path.exists():
+        raise ConfigError(f"--out {path}: is there already; choose another name, or use --overwrite")
+
+
+class Partial:
+    """The folder PREFIX.partial while a run fills it. Whatever cannot be written is an OutputError."""
+
+    def __init__(self, prefix: str, state: State) -> None:
+        """Go on from `state`; what was written after it is cut off."""
+        self.prefix, self.state = prefix, state
+        self.writer = BinidxWriter(prefix, documents=state.documents, tokens=state.tokens)
+        self._saved_at = float("-inf")
+
+    def add(self, block: Block) -> None:
+        """Add documents; now and then they are brought to the disk."""
+        self.writer.add(block.ids, block.sizes)
+        counts = self.state.counts.plus(block.counts)
+        # One assignment: wherever a signal ends the run, the state is that of one place in the sources.
+        self.state = replace(self.state, documents=self.writer.documents, tokens=self.writer.tokens, counts=counts)
+        if time.monotonic() - self._saved_at >= SAVED_EVERY:
+            self.save()
+
+    def save(self, is_whole: bool = False) -> None:
+        """Bring everything to the disk, and then the state."""
+        self.writer.flush()
+        self.state = replace(self.state, is_whole=is_whole)
+        write_text(_file(self.prefix), json.dumps(asdict(self.state)))
+        self._saved_at = time.monotonic()
+
+    def keep(self) -> bool:
+        """Save what is done; if that is nothing, the folder is removed. Returns whether there is something."""
+        if self.state.documents:
+            self.save()
+            return True
+        self.writer.close()
+        remove(self.prefix)
+        return False
+
+
+def remove(prefix: str) -> None:
+    """Remove PREFIX.partial, but nothing in it that is not ours. Raises OutputError."""
+    folder = Path(f"{prefix}.partial")
+    with output_errors(folder):
+        for path in (_file(prefix), folder / "sizes", folder / "ids"):  # the state first: without it, nothing counts
+            path.unlink(missing_ok=True)
+        with suppress(OSError):
+            folder.rmdir()
+
+
+def _file(prefix: str) -> Path:
+    return Path(f"{prefix}.partial", "state.json")
+
+
+def _read(prefix: str) -> State | None:
+    """The state that another run has left, if any; one that cannot be read is of no settings."""
+    try:
+        found = json.loads(_file(prefix).read_text("utf-8"))
+        return State(**found | {"counts": Counts(**found["counts"])})
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except (OSError, ValueError, TypeError, KeyError):
+        return State({}, 0, 0, Counts())

@@ -1,0 +1,635 @@
+"""`prepare`: files to the letter, the same whatever the number of processes, whatever ends a run; and back to text."""
+
+from __future__ import annotations
+
+import gzip
+import io
+import json
+import os
+import random
+import signal
+import struct
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from rich.console import Console
+
+from rwkv_peft.config import PrepareConfig
+from rwkv_peft.data import binidx as binidx_module
+from rwkv_peft.data import encoding, resume
+from rwkv_peft.data import prepare as prepare_module
+from rwkv_peft.data.binidx import BinidxWriter, open_binidx, put_in_place
+from rwkv_peft.data.encoding import blocks_of
+from rwkv_peft.data.examples import segments_of
+from rwkv_peft.data.masking import Encoder
+from rwkv_peft.data.prepare import prepare
+from rwkv_peft.data.sources import Item
+from rwkv_peft.data.templates import find_template
+from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.data.workers import Workers
+from rwkv_peft.errors import ConfigError, DataError, OutputError, RwkvPeftError
+
+WORLD = Tokenizer.world()
+TEXTS = ["Hello", "我们来谈谈\n\n人工智能", "👩‍👩‍👧‍👦 \x00 e\u0301", " ", "a" * 3000, "def f(x):\n\treturn x\n" * 20]
+PAIR = {"prompt": "Q", "response": "A"}
+CHAT = {"messages": [{"role": r, "content": c} for r, c in [("user", "U: User: x"), ("assistant", "A\n\nB"),
+                                                            ("user", "V"), ("assistant", "C")]]}  # fmt: skip
+
+
+def write(path: Path, *values: object) -> str:
+    """A JSONL file; texts become {"text": …}, bytes stay as they are."""
+    lines = [
+        value if isinstance(value, bytes) else json.dumps({"text": value} if isinstance(value, str) else value).encode()
+        for value in values
+    ]
+    path.write_bytes(b"\n".join(lines))
+    return str(path)
+
+
+def run(*data: str, out: Path, **settings: Any) -> str:
+    """Prepare in this process, and return what it printed."""
+    printed = io.StringIO()
+    settings = {"jobs": 1, **settings}
+    prepare(PrepareConfig(data=list(data), out=out, **settings), Console(file=printed, width=80))
+    return printed.getvalue()
+
+
+def expected(documents: list[list[int]]) -> tuple[bytes, bytes]:
+    """The bytes of .bin and .idx, written number by number as the format is described."""
+    tokens, sizes, pointers, numbers = b"", b"", b"", struct.pack("<q", 0)
+    for number, document in enumerate(documents, 1):
+        pointers += struct.pack("<q", len(tokens))
+        sizes += struct.pack("<i", len(document))
+        tokens += struct.pack(f"<{len(document)}H", *document)
+        numbers += struct.pack("<q", number)
+    head = b"MMIDIDX\x00\x00" + struct.pack("<QBQQ", 1, 8, len(documents), len(documents) + 1)
+    return tokens, head + sizes + pointers + numbers
+
+
+def files_of(prefix: Path) -> tuple[bytes, bytes]:
+    return Path(f"{prefix}.bin").read_bytes(), Path(f"{prefix}.idx").read_bytes()
+
+
+def documents_of(prefix: Path) -> list[list[int]]:
+    pair = open_binidx(str(prefix))
+    return [pair.ids[s : s + n].tolist() for s, n in zip(pair.starts, pair.lengths, strict=True)]
+
+
+def left_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+# --- what is written
+
+
+def test_the_files_are_the_format_to_the_letter(tmp_path: Path) -> None:
+    texts = [text for text in TEXTS if text.strip()]
+    printed = run(write(tmp_path / "d.jsonl", *texts), out=tmp_path / "o", ctx_len=64)
+    documents = [[*WORLD.encode(text), 0] for text in texts]
+    assert files_of(tmp_path / "o") == expected(documents)
+    assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+    tokens = sum(map(len, documents))
+    size = sum(len(text.encode()) for text in texts) / 1e6
+    first, second = printed.splitlines()
+    assert first.startswith(f"{tmp_path}/o.bin and .idx: 5 documents, {tokens:,} tokens, {size:.1f} MB of text, ")
+    assert first.endswith(" MB/s")
+    assert second == f"for RWKV-LM: --my_exit_tokens {tokens} --magic_prime 5 --ctx_len 64"
+
+
+def test_too_few_tokens_for_rwkv_lm_are_told(tmp_path: Path) -> None:
+    printed = run(write(tmp_path / "d.jsonl", "a"), out=tmp_path / "o")
+    assert printed.splitlines()[1] == (
+        "for RWKV-LM: fewer tokens than three windows of --ctx-len 4096, so it has no --magic_prime"
+    )
+
+
+@given(texts=st.lists(st.text(min_size=1).filter(str.strip), min_size=1, max_size=5))
+@settings(max_examples=30)
+def test_any_text_comes_back(tmp_path_factory: pytest.TempPathFactory, texts: list[str]) -> None:
+    folder = tmp_path_factory.mktemp("any")
+    run(write(folder / "d.jsonl", *texts), out=folder / "o")
+    assert documents_of(folder / "o") == [[*WORLD.encode(text), 0] for text in texts]
+    run(str(folder / "o"), out=folder / "back.jsonl")
+    assert [json.loads(line)["text"] for line in (folder / "back.jsonl").read_text("utf-8").split("\n")[:-1]] == texts
+
+
+@pytest.mark.parametrize(
+    ("more", "template", "stop"),
+    [
+        ({}, "rwkv", 0),
+        ({"stop_token": r"\x17"}, "rwkv", 24),
+        ({"template": "raw", "stop_token": "65535", "special_tokens": [f"<{i}>" for i in range(6)]}, "raw", 65535),
+        ({"tokenizer": "byte", "special_tokens": ["U: "]}, "rwkv", 0),
+    ],
+)
+def test_the_tokens_are_those_of_training(tmp_path: Path, more: dict[str, Any], template: str, stop: int) -> None:
+    values = [CHAT, PAIR, {"prompt": "Q", "completions": ["A", "B"]}, {"text": "T <0> U: V"}]
+    run(write(tmp_path / "d.jsonl", *values), out=tmp_path / "o", **more)
+    base = Tokenizer.byte() if more.get("tokenizer") == "byte" else WORLD
+    tokenizer = base.with_special(more.get("special_tokens", ()), 65536)
+    encoder = Encoder(tokenizer, "auto", stop)
+    trained = [
+        encoder.encode(segments).ids.tolist()
+        for value in values
+        for segments in segments_of(value, None, find_template(template), "stop_token" in more)
+    ]
+    assert documents_of(tmp_path / "o") == trained
+    assert [document[-1] for document in trained] == [stop] * 4 + [0]
+
+
+def test_instruction_ends_with_its_own_stop_token(tmp_path: Path) -> None:
+    run(write(tmp_path / "d.jsonl", PAIR, "plain"), out=tmp_path / "o", template="instruction")
+    assert [document[-1] for document in documents_of(tmp_path / "o")] == [24, 0]
+
+
+def test_a_stop_token_inside_a_text_is_told(tmp_path: Path) -> None:
+    chat = {"prompt": "a\x17b", "response": "c\x17"}
+    printed = run(write(tmp_path / "d.jsonl", chat, PAIR), out=tmp_path / "o", stop_token="24")
+    assert "; 2 texts hold the stop token, where a model learns to stop\n" in printed
+
+
+def test_several_sources_of_several_forms(tmp_path: Path) -> None:
+    first = write(tmp_path / "1.jsonl", "a", "b")
+    (tmp_path / "2.txt").write_text("c\n---\nd")
+    (tmp_path / "3.jsonl.gz").write_bytes(gzip.compress(b'{"text": "e"}'))
+    (tmp_path / "f").mkdir()
+    write(tmp_path / "f" / "train.jsonl", "f")
+    write(tmp_path / "f" / "test.jsonl", "no")
+    data = [first, str(tmp_path / "2.txt"), str(tmp_path / "3.jsonl.gz"), str(tmp_path / "f")]
+    printed = run(*data, out=tmp_path / "o", separator="\n---\n")
+    assert [WORLD.decode(document[:-1]) for document in documents_of(tmp_path / "o")] == list("abcdef")
+    assert f"; {tmp_path}/f: 1 files of other splits left out\n" in printed
+
+
+@pytest.mark.parametrize(
+    ("split", "chosen"),
+    [
+        ("train[:3]", "abc"), ("train[2:]", "cdefg"), ("train[-2:]", "fg"), ("train[10%:50%]", "bcd"),
+        ("train[:0%]", ""), ("train[1:4]", "bcd"), ("train[:100]", "abcdefg"), ("train[9:]", ""),
+    ],
+)  # fmt: skip
+def test_split_counts_documents(tmp_path: Path, split: str, chosen: str) -> None:
+    values = ["a", b"broken", {"prompt": "", "completions": ["b", "c"]}, "d", "e"]
+    first, second = write(tmp_path / "1.jsonl", *values), write(tmp_path / "2.jsonl", "f", "g")
+    more = {"split": split, "on_bad_line": "skip", "template": "raw"}
+    if not chosen:
+        with pytest.raises(DataError, match=r"^--split train\[.*\]: none of the 7 documents; choose a wider one$"):
+            run(first, second, out=tmp_path / "o", **more)
+        return
+    printed = run(first, second, out=tmp_path / "o", **more)
+    assert files_of(tmp_path / "o") == expected([[*WORLD.encode(text), 0] for text in chosen])
+    assert left_in(tmp_path) == ["1.jsonl", "2.jsonl", "o.bin", "o.idx"]
+    assert f": {len(chosen)} of " in printed or f": {len(chosen)} documents" in printed
+
+
+def test_a_split_that_has_enough_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BLOCK", 1)
+    run(write(tmp_path / "d.jsonl", "a", "b", b"broken"), out=tmp_path / "o", split="train[:2]")
+    assert len(documents_of(tmp_path / "o")) == 2
+
+
+def test_it_is_quiet_but_for_its_lines_where_there_is_no_terminal(tmp_path: Path) -> None:
+    assert len(run(write(tmp_path / "d.jsonl", "a"), out=tmp_path / "o").splitlines()) == 2
+
+
+def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
+    printed = io.StringIO()
+    config = PrepareConfig(data=[write(tmp_path / "d.jsonl", "a" * 3_000_000)], out=tmp_path / "o", jobs=1)
+    prepare(config, Console(file=printed, force_terminal=True, width=120))
+    assert "1 documents, 3 MB, " in printed.getvalue()
+
+
+# --- processes
+
+
+@pytest.fixture(scope="module")
+def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """8,000 documents of all lengths, 4 MB: more than ten blocks of the size that `small_blocks` sets."""
+    path = tmp_path_factory.mktemp("many") / "d.jsonl"
+    chance, words = random.Random(3), "\n".join(TEXTS).split(" ")
+    with path.open("w") as file:
+        for number in range(8_000):
+            text = f"{number} " + " ".join(chance.choices(words, k=chance.randint(0, 8)))
+            file.write(json.dumps({"text": text[: chance.randint(8, 1500)]}) + "\n")
+    return path
+
+
+@pytest.fixture
+def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BLOCK", 300_000)
+
+
+@pytest.fixture(scope="module")
+def alone(many: Path) -> tuple[bytes, bytes]:
+    """What one process makes of it."""
+    run(str(many), out=many.with_name("alone"))
+    return files_of(many.with_name("alone"))
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("jobs", [2, 3])
+def test_the_number_of_processes_changes_nothing(
+    tmp_path: Path, many: Path, alone: tuple[bytes, bytes], jobs: int
+) -> None:
+    run(str(many), out=tmp_path / "o", jobs=jobs)
+    assert files_of(tmp_path / "o") == alone
+    texts = [json.loads(line)["text"] for line in many.read_text().splitlines()]
+    documents = documents_of(tmp_path / "o")
+    assert len(documents) == 8_000
+    assert documents[::500] == [[*WORLD.encode(text), 0] for text in texts[::500]]
+
+
+def uneven(seconds: float) -> float:
+    """Work that takes its time."""
+    time.sleep(seconds)
+    return seconds
+
+
+def make_uneven() -> Any:
+    return uneven
+
+
+def make_broken() -> Any:
+    return os._exit
+
+
+def test_results_keep_the_order_of_the_work_and_little_waits() -> None:
+    begun: list[float] = []
+
+    def work() -> Any:
+        for number in range(12):
+            begun.append(number)
+            yield 0.3 if number == 0 else number / 1000
+
+    workers: Workers[float, float] = Workers(2, make_uneven)
+    try:
+        results = workers.map(work())
+        assert next(results) == 0.3
+        assert len(begun) <= 6
+        assert list(results) == [number / 1000 for number in range(1, 12)]
+    finally:
+        workers.close()
+    assert not any(process.is_alive() for process in workers.processes)
+
+
+def test_a_process_that_ends_is_told() -> None:
+    workers: Workers[int, None] = Workers(2, make_broken)
+    try:
+        with pytest.raises(ConfigError, match=r"^--jobs 2: a process ended by itself; the same command goes on "):
+            list(workers.map(iter([1, 1, 1])))
+    finally:
+        workers.close()
+
+
+def test_blocks_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(encoding, "BLOCK", 1000)
+    items = [Item(str(n), {"a": ["x" * n, {"b": 1}], "c": None}) for n in range(200)]
+    blocks = list(blocks_of(items))
+    assert [item for block in blocks for item in block] == items
+    assert max(len(block) for block in blocks) < 1000 / encoding.ITEM
+    assert max(sum(len(str(item.value)) for item in block) for block in blocks) < 2000
+
+
+# --- bad items
+
+
+def test_a_bad_line_stops_and_leaves_nothing(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", "a", b'{"text": "x"', "b")
+    with pytest.raises(DataError, match=rf"^{path}:2: broken JSON at column 13"):
+        run(path, out=tmp_path / "o")
+    assert left_in(tmp_path) == ["d.jsonl"]
+
+
+def test_bad_lines_are_skipped_and_told(tmp_path: Path) -> None:
+    bad = [b"[]", {"text": 5}, {"text": "\ud800"}, {"prompt": "a", "completions": ["b", ""]}]
+    path = write(tmp_path / "d.jsonl", "a", *bad, "b")
+    printed = run(path, out=tmp_path / "o", on_bad_line="skip")
+    assert documents_of(tmp_path / "o") == [[98, 0], [99, 0]]
+    assert f"; 4 skipped, the first {path}:2: got a list, must be a JSON object; " in printed
+
+
+def test_nothing_left_quotes_the_first_problem(tmp_path: Path) -> None:
+    path = write(tmp_path / "d.jsonl", b"[]", b"{")
+    with pytest.raises(DataError, match=rf"^{path}:1: got a list.* \(the first of 2 skipped; none is left\)$"):
+        run(path, out=tmp_path / "o", on_bad_line="skip")
+    assert left_in(tmp_path) == ["d.jsonl"]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_bad_line_far_away_keeps_what_was_done(
+    tmp_path: Path, many: Path, alone: tuple[bytes, bytes], jobs: int
+) -> None:
+    path = tmp_path / "d.jsonl"
+    lines = many.read_bytes().splitlines(keepends=True)
+    path.write_bytes(b"".join([*lines[:6_000], b"broken\n", *lines[6_000:]]))
+    with pytest.raises(DataError, match=rf"^{path}:6001: broken JSON"):
+        run(str(path), out=tmp_path / "o", jobs=jobs)
+    assert left_in(tmp_path) == ["d.jsonl", "o.partial"]
+    printed = run(str(path), out=tmp_path / "o", jobs=3 - jobs, on_bad_line="skip")
+    assert "o.partial: going on after " in printed
+    assert f"; 1 skipped, the first {path}:6001: broken JSON" in printed
+    assert files_of(tmp_path / "o") == alone
+    assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+
+
+# --- settings that cannot be
+
+
+def binidx(prefix: Path, *documents: bytes) -> str:
+    """A pair of documents given as bytes, each ended by token 0."""
+    writer = BinidxWriter(str(prefix))
+    for document in documents:
+        ids = [*WORLD.encode_bytes(document), 0]
+        writer.add(np.array(ids), np.array([len(ids)]))
+    writer.flush()
+    writer.close()
+    put_in_place(str(prefix))
+    resume.remove(str(prefix))
+    return str(prefix)
+
+
+@pytest.mark.parametrize(
+    ("data", "out", "more", "message"),
+    [
+        (["d.jsonl:0.5", "d.jsonl:0.5"], "o", {}, "--data d.jsonl:0.5 d.jsonl:0.5: shares are for training; "),
+        (["d.jsonl"], "o.jsonl", {}, "--out o.jsonl: text is made of binidx pairs only; "),
+        (["p", "d.jsonl"], "o.txt", {}, "--out o.txt: text is made of binidx pairs only; "),
+        (["p"], "o", {}, "--data p: is tokens already; "),
+        (["p.bin"], "o", {}, "--data p.bin: is tokens already; "),
+        (["folder"], "o", {}, "--data folder: holds tokens already, folder/q.bin; name the files of text in it"),
+        (["d.jsonl"], "p", {}, "--out p.idx: is there already; choose another name, or use --overwrite"),
+        (["d.jsonl"], "half", {}, "--out half.bin: is there already; "),
+        (["p"], "d.jsonl", {}, "--out d.jsonl: is there already; "),
+        (["none.jsonl"], "o", {}, "none.jsonl: no such file; "),
+        (["d.jsonl"], "o", {"jobs": 0}, "--jobs 0: must be at least 1; "),
+        (["d.jsonl"], "o", {"template": "rvkw"}, "--template rvkw: "),
+        (["d.jsonl"], "o", {"stop_token": "99999"}, "--stop-token 99999: not in the world vocabulary"),
+        (["d.jsonl"], "o", {"special_tokens": [f"<{i}>" for i in range(7)]}, "--special-tokens: got 7, "),
+        (["d.jsonl"], "o", {"split": "train["}, "--split train[: no known form"),
+        (["d.jsonl"], "o", {"split": "test"}, "--split test: d.jsonl is one file"),
+        (["d.jsonl"], "d.jsonl/o", {}, "d.jsonl/o.partial: cannot be written (Not a directory); "),
+    ],
+)  # fmt: skip
+def test_settings_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, data: list[str], out: str, more: dict[str, Any], message: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    write(Path("d.jsonl"), "a", "b")
+    binidx(Path("p"), b"text")
+    Path("half.bin").touch()
+    Path("folder").mkdir()
+    binidx(Path("folder", "q"), b"text")
+    write(Path("folder", "d.jsonl"), "a")
+    before = left_in(tmp_path)
+    with pytest.raises(RwkvPeftError) as error:
+        run(*data, out=Path(out), **more)
+    assert str(error.value).startswith(message)
+    assert str(error.value).isprintable()
+    assert left_in(tmp_path) == before
+
+
+def test_overwriting(tmp_path: Path) -> None:
+    run(write(tmp_path / "d.jsonl", "a", "b"), out=tmp_path / "o")
+    run(write(tmp_path / "d.jsonl", "c"), out=tmp_path / "o.bin", overwrite=True)
+    assert documents_of(tmp_path / "o") == [[100, 0]]
+    assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+
+
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(OutputError, match=r"o\.partial: cannot be written \(No space left on device\); make room, or"):
+        run(write(tmp_path / "d.jsonl", "a"), out=tmp_path / "o")
+
+
+# --- whatever ends a run
+
+
+def start(many: Path, out: Path, *more: str) -> subprocess.Popen[str]:
+    """The same as the command line does, in a process of its own that leaves time to end it."""
+    script = (
+        "import sys, time\n"
+        "from rwkv_peft.config import PrepareConfig\n"
+        "from rwkv_peft.data import encoding, prepare, resume\n"
+        "add = resume.Partial.add\n"
+        "def slow_add(self, block):\n"
+        "    add(self, block)\n"
+        "    time.sleep(0.3)\n"
+        "if __name__ == '__main__':\n"
+        "    encoding.BLOCK, resume.Partial.add = 300_000, slow_add\n"
+        "    prepare.prepare(PrepareConfig(data=[sys.argv[1]], out=sys.argv[2], jobs=int(sys.argv[3])))\n"
+    )
+    path = out.with_name("script.py")
+    path.write_text(script)
+    command = [sys.executable, str(path), str(many), str(out), *more]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def wait_for_state(out: Path, process: subprocess.Popen[str]) -> None:
+    while not Path(f"{out}.partial", "state.json").exists():
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.002)
+
+
+def children_of(pid: int) -> list[int]:
+    return [child.pid for child in psutil.Process(pid).children(recursive=True)]
+
+
+@pytest.mark.usefixtures("small_blocks")
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_killed_run_is_gone_on_with(tmp_path: Path, many: Path, alone: tuple[bytes, bytes], jobs: int) -> None:
+    out = tmp_path / "o"
+    process = start(many, out, str(jobs))
+    wait_for_state(out, process)
+    children = children_of(process.pid)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert process.returncode == -signal.SIGKILL
+    assert not Path(f"{out}.idx").exists()
+    state = json.loads(Path(f"{out}.partial", "state.json").read_text())
+    assert 0 < state["documents"] < 8_000
+    printed = run(str(many), out=out, jobs=3 - jobs)
+    assert f"going on after {state['documents']:,} documents" in printed
+    assert files_of(out) == alone
+    psutil.wait_procs([psutil.Process(pid) for pid in children if psutil.pid_exists(pid)], timeout=10)
+    assert not any(map(psutil.pid_exists, children))
+
+
+@pytest.mark.usefixtures("small_blocks")
+def test_an_interrupted_run_says_what_it_keeps(tmp_path: Path, many: Path, alone: tuple[bytes, bytes]) -> None:
+    out = tmp_path / "o"
+    process = start(many, out, "2")
+    wait_for_state(out, process)
+    process.send_signal(signal.SIGINT)
+    printed, _ = process.communicate()
+    assert process.returncode != 0
+    assert "o.partial: keeps " in printed
+    assert " documents; the same command goes on after them, unless a source changes" in printed
+    run(str(many), out=out)
+    assert files_of(out) == alone
+
+
+def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
+    """A run of three documents that is broken off after two."""
+    monkeypatch.setattr(encoding, "BLOCK", 1)
+    path, out = write(tmp_path / "d.jsonl", "a", "b", "c"), tmp_path / "o"
+    add = resume.Partial.add
+
+    def break_off(self: resume.Partial, block: Any) -> None:
+        if self.state.documents == 2:
+            raise KeyboardInterrupt
+        add(self, block)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(resume.Partial, "add", break_off)
+        run(path, out=out)
+    return path, out
+
+
+def test_what_is_done_is_not_read_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = begin(tmp_path, monkeypatch)
+    seen: list[str] = []
+    call = encoding.BlockEncoder.__call__
+
+    def spy(self: encoding.BlockEncoder, items: list[Item]) -> encoding.Block:
+        seen.extend(item.origin for item in items)
+        return call(self, items)
+
+    monkeypatch.setattr(encoding.BlockEncoder, "__call__", spy)
+    assert "o.partial: going on after 2 documents\n" in run(path, out=out)
+    assert seen == [f"{path}:3"]
+    assert documents_of(out) == [[98, 0], [99, 0], [100, 0]]
+
+
+@pytest.mark.parametrize(
+    ("more", "changed"),
+    [
+        ({"template": "raw"}, "template"),
+        ({"stop_token": "23"}, "stop_token, stop"),
+        ({"separator": "x"}, "separator"),
+        ({"tokenizer": "byte"}, "tokenizer"),
+        ({"special_tokens": ["<x>"]}, "special_tokens"),
+        ({"fields": ("a", "b")}, "fields"),
+        (None, "sources"),
+        ("broken", r"its state\.json cannot be read"),
+    ],
+)
+def test_another_run_in_the_folder_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, more: Any, changed: str
+) -> None:
+    path, out = begin(tmp_path, monkeypatch)
+    if more is None:
+        write(Path(path), "a", "b", "c", "d")
+    elif more == "broken":
+        Path(f"{out}.partial", "state.json").write_text('{"counts": {}}')
+    kept = {name: Path(f"{out}.partial", name).read_bytes() for name in left_in(Path(f"{out}.partial"))}
+    settings = more if isinstance(more, dict) else {}
+    with pytest.raises(
+        ConfigError,
+        match=rf"^--out {out}: {out}\.partial is of a run with other settings or sources \({changed}\); remove",
+    ):
+        run(path, out=out, **settings)
+    assert kept == {name: Path(f"{out}.partial", name).read_bytes() for name in left_in(Path(f"{out}.partial"))}
+    if "fields" not in settings:
+        run(path, out=out, overwrite=True, **settings)
+        assert len(documents_of(out)) == 3 + (more is None)
+        assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+
+
+def test_settings_that_change_no_token_may_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, out = begin(tmp_path, monkeypatch)
+    run(path, out=out, jobs=2, ctx_len=5, on_bad_line="skip", split="train[1:]")
+    assert documents_of(out) == [[99, 0], [100, 0]]
+
+
+def test_a_changed_template_file_is_noticed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = tmp_path / "t.jinja"
+    template.write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    monkeypatch.setattr(resume, "SAVED_EVERY", 0.0)
+    config = PrepareConfig(data=[write(tmp_path / "d.jsonl", "a")], out=tmp_path / "o", template=str(template))
+    recipe = encoding.Recipe.of(config)
+    before = resume.settings_of(config, recipe, 0)
+    template.write_text("{% for m in messages %}{{ m.content }}!{% endfor %}")
+    assert resume.settings_of(config, recipe, 0) != before
+
+
+@pytest.mark.parametrize("step", ["_write_index", "remove"])
+def test_a_run_that_ends_between_the_last_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    path, out = write(tmp_path / "d.jsonl", "a", "b"), tmp_path / "o"
+
+    def broken(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(binidx_module if step == "_write_index" else prepare_module, step, broken)
+        run(path, out=out)
+    assert Path(f"{out}.bin").exists()
+    run(path, out=out, overwrite=step == "remove")
+    assert documents_of(out) == [[98, 0], [99, 0]]
+    assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+
+
+def test_nothing_that_is_not_ours_is_removed(tmp_path: Path) -> None:
+    (tmp_path / "o.partial").mkdir()
+    (tmp_path / "o.partial" / "diary.txt").write_text("mine")
+    run(write(tmp_path / "d.jsonl", "a"), out=tmp_path / "o")
+    assert (tmp_path / "o.partial" / "diary.txt").read_text() == "mine"
+
+
+# --- back to text
+
+
+def test_back_to_jsonl_and_there_again(tmp_path: Path) -> None:
+    texts = [text for text in TEXTS if text.strip()]
+    run(write(tmp_path / "d.jsonl", *texts), out=tmp_path / "o")
+    printed = run(str(tmp_path / "o.idx"), out=tmp_path / "back.jsonl")
+    size = (tmp_path / "back.jsonl").stat().st_size / 1e6
+    assert printed == f"{tmp_path}/back.jsonl: 5 documents, {size:.1f} MB\n"
+    run(str(tmp_path / "back.jsonl"), out=tmp_path / "again")
+    assert files_of(tmp_path / "again") == files_of(tmp_path / "o")
+
+
+def test_back_to_text_for_reading(tmp_path: Path) -> None:
+    pair = binidx(tmp_path / "p", b"a", b"", b"b\r\nc")
+    run(pair, pair, out=tmp_path / "1.txt")
+    assert (tmp_path / "1.txt").read_bytes() == b"a\n\n\n\nb\r\nc\n\na\n\n\n\nb\r\nc"
+    run(pair, out=tmp_path / "2.TXT", separator="---")
+    assert (tmp_path / "2.TXT").read_bytes() == b"a------b\r\nc"
+
+
+def test_what_is_no_text_is_counted(tmp_path: Path) -> None:
+    pair = binidx(tmp_path / "p", b"a\xffb", "né".encode(), "né".encode()[:-1])
+    printed = run(pair, out=tmp_path / "o.jsonl")
+    assert "; 2 hold bytes that are not UTF-8, written as U+FFFD\n" in printed
+    lines = (tmp_path / "o.jsonl").read_text("utf-8").splitlines()
+    assert [json.loads(line) for line in lines] == [{"text": "a\ufffdb"}, {"text": "né"}, {"text": "n\ufffd"}]
+
+
+def test_end_tokens_inside_are_counted(tmp_path: Path) -> None:
+    writer = BinidxWriter(str(tmp_path / "p"))
+    writer.add(np.array([98, 0, 99, 24, 98, 0, 0]), np.array([4, 3]))
+    writer.flush()
+    put_in_place(str(tmp_path / "p"))
+    printed = run(str(tmp_path / "p"), out=tmp_path / "o.txt", separator="|", stop_token="24")
+    assert (tmp_path / "o.txt").read_text() == "ab|a"
+    assert "; 2 hold token 0 before their end, which has no text\n" in printed
+
+
+def test_special_tokens_come_back_with_their_setting(tmp_path: Path) -> None:
+    run(write(tmp_path / "d.jsonl", "a<x>b"), out=tmp_path / "o", special_tokens=["<x>"])
+    with pytest.raises(DataError, match=r"o\.bin: document 1: token id 65530 is not in the vocabulary"):
+        run(str(tmp_path / "o"), out=tmp_path / "back.jsonl")
+    assert not (tmp_path / "back.jsonl").exists()
+    run(str(tmp_path / "o"), out=tmp_path / "back.jsonl", special_tokens=["<x>"])
+    assert json.loads((tmp_path / "back.jsonl").read_text()) == {"text": "a<x>b"}
