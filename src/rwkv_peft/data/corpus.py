@@ -21,6 +21,7 @@ from .sources import Item, Split, files_of, read_items
 from .templates import Template
 
 Integers = npt.NDArray[np.int64]
+AT_ONCE = 2**20  # values that are written at once
 MOST_IN_MEMORY = 2**28  # bytes of a source's tokens; what is more goes into a temporary file
 
 
@@ -77,7 +78,7 @@ class Spool:
         self.dtype, self.most = np.dtype(dtype), {None: MOST_IN_MEMORY, True: 0, False: 2**63}[in_file]
         self.pieces: list[npt.NDArray[Any]] = []
         self.file: IO[bytes] | None = None
-        self.length = 0
+        self.length = self.waiting = 0
 
     def add(self, values: npt.NDArray[Any]) -> None:
         """Put `values` at the end."""
@@ -86,10 +87,9 @@ class Spool:
         self.pieces.append(values)
         if self.file is None and self.length * self.dtype.itemsize > self.most:
             self.file = tempfile.TemporaryFile()  # noqa: SIM115 - it lives as long as what is mapped from it
-        if self.file is not None:
-            for piece in self.pieces:
-                piece.tofile(self.file)
-            self.pieces.clear()
+        self.waiting += len(values)
+        if self.file is not None and self.waiting >= AT_ONCE:
+            self._write()
 
     def array(self) -> npt.NDArray[Any]:
         """All of it; nothing can be added after."""
@@ -97,8 +97,18 @@ class Spool:
             whole = np.concatenate(self.pieces) if self.pieces else np.empty(0, self.dtype)
             self.pieces = [whole]
             return whole
+        self._write()
         self.file.flush()
+        if not self.length:
+            return np.empty(0, self.dtype)
         return np.memmap(self.file, self.dtype, "r", shape=(self.length,))
+
+    def _write(self) -> None:
+        assert self.file is not None
+        if self.pieces:
+            np.concatenate(self.pieces).tofile(self.file)
+            self.pieces.clear()
+        self.waiting = 0
 
 
 def read_corpora(source: str, config: DataConfig, template: Template, encoder: Encoder) -> Iterator[Corpus]:

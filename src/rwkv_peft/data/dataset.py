@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 import numpy.typing as npt
 
-from ..config import DataConfig, Overlong, TrainConfig, shares_of
+from ..config import DataConfig, Overlong, Sampling, TrainConfig, shares_of
 from ..errors import ConfigError, DataError
 from .corpus import Corpus, read_corpora
 from .masking import Encoded, encoder_for
@@ -118,7 +118,7 @@ def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
         DataError: what reading raises, that --split chooses nothing, or that no example keeps a target.
     """
     whole = read(config, tokenizer)
-    return fit(whole, np.arange(len(whole.examples)))
+    return fit(whole, every(whole), config.sampling)
 
 
 def load_for_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
@@ -126,11 +126,12 @@ def load_for_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Datase
     whole = read(config, tokenizer)
     if config.eval_data:
         other = replace(config, data=list(config.eval_data), eval_data=(), eval_fraction=0.0, split="train")
-        return fit(whole, np.arange(len(whole.examples))), load_dataset(other, tokenizer)
+        return fit(whole, every(whole), config.sampling), load_dataset(replace(other, sampling="pack"), tokenizer)
     if not config.eval_fraction:
-        return fit(whole, np.arange(len(whole.examples))), None
+        return fit(whole, every(whole), config.sampling), None
     held, rest = hold_out(whole, config.eval_fraction, config.seed)
-    return fit(replace(whole, held_out=len(held)), rest), fit(replace(whole, shares=[], notes=[]), held)
+    train = fit(replace(whole, held_out=len(held)), rest, config.sampling)
+    return train, fit(replace(whole, shares=[], notes=[]), held)
 
 
 def read(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
@@ -176,13 +177,23 @@ def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integer
     return np.sort(order[:out]), np.sort(order[out:])
 
 
-def fit(whole: Dataset, chosen: Integers) -> Dataset:
+def every(whole: Dataset) -> Integers:
+    """The number of each example."""
+    return np.arange(len(whole.examples))
+
+
+def fit(whole: Dataset, chosen: Integers, sampling: Sampling = "pack") -> Dataset:
     """The `chosen` examples, cut into pieces of at most `ctx_len` inputs, each with a target.
 
     `split` keeps every target in exactly one piece: a piece begins with the last id of the one before. `truncate` keeps
-    the first piece, `drop` none. Raises DataError if nothing is left.
+    the first piece, `drop` none. For windows of the stream nothing is cut. Raises DataError if nothing is left.
     """
     examples, ctx_len = whole.examples.of(chosen), whole.ctx_len
+    if sampling == "get":
+        return replace(
+            whole, examples=examples, source=whole.source[chosen], pieces=examples, first=np.arange(len(chosen) + 1),
+            target_tokens=int(count_targets(whole.corpora, examples).sum()),
+        )  # fmt: skip
     long = examples.inputs > ctx_len
     count = np.ones(len(chosen), np.int64)
     if whole.overlong == "split":

@@ -5,13 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from importlib.resources import as_file, files
-from importlib.resources.abc import Traversable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import numpy.typing as npt
 
 from ..errors import ConfigError
 from ..packages import optional
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable  # Python 3.10 has it elsewhere
 
 FAST_PACKAGE = "pyrwkv_tokenizer"
 CACHED_PIECES = 1 << 16

@@ -8,7 +8,7 @@ import re
 import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from copy import copy
-from functools import cache
+from functools import cache, cached_property
 
 from ..config import TokenizerName
 from ..errors import ConfigError, DataError
@@ -33,9 +33,9 @@ class Tokenizer:
         """`vocab_size` is the number of ids in a model made for it, at least `len(tokens) + 1`."""
         self.name = name
         self.vocab_size = vocab_size
+        self._plain = tokens
         self._tokens = [b"", *tokens]
         self._specials: dict[bytes, int] = {}
-        self._matcher = Matcher(tokens)
 
     @staticmethod
     @cache
@@ -163,6 +163,10 @@ class Tokenizer:
         except UnicodeEncodeError:
             utf8(text)
             raise
+
+    @cached_property
+    def _matcher(self) -> Matcher:
+        return Matcher(self._plain)
 
     def _fast(self) -> FastEncoder | None:
         return fast_world() if self.name == "world" else None

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from ..config import InspectConfig
 from ..data.corpus import Corpus, Record
-from ..data.dataset import Dataset, count_targets, load_dataset, plural
+from ..data.dataset import DEEDS, Dataset, count_targets, load_dataset, plural
 from ..data.masking import Encoder, encoder_for
 from ..data.sampling import Sampler
 from ..data.templates import find_template
@@ -28,7 +28,6 @@ MOST_REASONS = 5
 STOPS = "hold the stop token"  # in the note of the encoder, which does not say where
 MICRO_BATCH = 8
 EMPTY = re.compile("no answer tokens(?!: no message is by)")  # in messages of items that have an empty answer
-DEEDS = {"split": "split into rows", "truncate": "truncated", "drop": "dropped"}
 # What differs between messages of one kind: quoted texts and numbers
 DETAILS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|0x[0-9a-f]+|\d+")
 
