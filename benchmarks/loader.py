@@ -16,9 +16,9 @@ from pathlib import Path
 
 from rwkv_peft.config import PrepareConfig, TrainConfig
 from rwkv_peft.data.dataset import load_dataset
-from rwkv_peft.data.prepare import prepare
 from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.preparation import prepare
 
 ROOT = Path(__file__).parent.parent
 

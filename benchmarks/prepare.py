@@ -23,8 +23,8 @@ import psutil
 from rich.console import Console
 
 from rwkv_peft.config import PrepareConfig
-from rwkv_peft.data.prepare import prepare
 from rwkv_peft.data.tokenizer import Tokenizer
+from rwkv_peft.preparation import prepare
 
 ROOT = Path(__file__).parent.parent
 MB = 1e6

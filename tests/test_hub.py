@@ -17,8 +17,8 @@ from urllib.parse import parse_qs, unquote, urlsplit
 
 import pytest
 
-from rwkv_peft.data.hub import one_line
 from rwkv_peft.data.sources import read_items
+from rwkv_peft.data.sources.hub import one_line
 from rwkv_peft.errors import DataError
 
 pytest.importorskip("datasets")

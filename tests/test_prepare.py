@@ -24,18 +24,17 @@ from rich.console import Console
 
 from rwkv_peft.config import PrepareConfig
 from rwkv_peft.data import binidx as binidx_module
-from rwkv_peft.data import encoding, resume
-from rwkv_peft.data import prepare as prepare_module
 from rwkv_peft.data.binidx import BinidxWriter, open_binidx, put_in_place
-from rwkv_peft.data.encoding import blocks_of
 from rwkv_peft.data.examples import segments_of
 from rwkv_peft.data.masking import Encoder
-from rwkv_peft.data.prepare import prepare
 from rwkv_peft.data.sources import Item
 from rwkv_peft.data.templates import find_template
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.data.workers import Workers
 from rwkv_peft.errors import ConfigError, DataError, OutputError, RwkvPeftError
+from rwkv_peft.preparation import encoding, prepare, resume
+from rwkv_peft.preparation import run as prepare_module
+from rwkv_peft.preparation.encoding import blocks_of
+from rwkv_peft.preparation.workers import Workers
 
 WORLD = Tokenizer.world()
 TEXTS = ["Hello", "我们来谈谈\n\n人工智能", "👩‍👩‍👧‍👦 \x00 e\u0301", " ", "a" * 3000, "def f(x):\n\treturn x\n" * 20]
@@ -421,14 +420,14 @@ def start(many: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     script = (
         "import sys, time\n"
         "from rwkv_peft.config import PrepareConfig\n"
-        "from rwkv_peft.data import encoding, prepare, resume\n"
+        "from rwkv_peft.preparation import encoding, resume, run\n"
         "add = resume.Partial.add\n"
         "def slow_add(self, block):\n"
         "    add(self, block)\n"
         "    time.sleep(0.3)\n"
         "if __name__ == '__main__':\n"
         "    encoding.BLOCK, resume.Partial.add = 300_000, slow_add\n"
-        "    prepare.prepare(PrepareConfig(data=[sys.argv[1]], out=sys.argv[2], jobs=int(sys.argv[3])))\n"
+        "    run.prepare(PrepareConfig(data=[sys.argv[1]], out=sys.argv[2], jobs=int(sys.argv[3])))\n"
     )
     path = out.with_name("script.py")
     path.write_text(script)

@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rwkv_peft.data.examples import segments_of
-from rwkv_peft.data.jinja import JinjaTemplate
-from rwkv_peft.data.named import TEMPLATES
 from rwkv_peft.data.templates import Segment, find_template
+from rwkv_peft.data.templates.jinja import JinjaTemplate
+from rwkv_peft.data.templates.named import TEMPLATES
 from rwkv_peft.errors import DataError
 
 RWKV, RAW = find_template("rwkv"), find_template("raw")

@@ -19,8 +19,7 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data import formats, sources, streams
-from rwkv_peft.data.sources import Split, files_of, fingerprint, read_items
+from rwkv_peft.data.sources import Split, files_of, fingerprint, formats, read_items, reading, streams
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError
 
 ROWS = [{"text": "a"}, {"text": 'zwei\nZeilen, "é👍"', "n": 1}, {"messages": [{"role": "user", "content": "Q"}]}]
@@ -665,7 +664,7 @@ def test_a_package_that_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def missing(module: str, needed_by: str) -> Any:
         raise ConfigError(f"{needed_by}: needs the package {module}")
 
-    monkeypatch.setattr(sources.hub, "optional", missing)
+    monkeypatch.setattr(reading.hub, "optional", missing)
     monkeypatch.setattr(streams, "optional", missing)
     assert failure(written(tmp_path / "a.jsonl.zst", LINES)) == "a.jsonl.zst: needs the package zstandard"
     assert failure(Path("name")) == (

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.jinja import JinjaTemplate
-from rwkv_peft.data.named import TEMPLATES
 from rwkv_peft.data.templates import Message, Segment, Template, find_template
+from rwkv_peft.data.templates.jinja import JinjaTemplate
+from rwkv_peft.data.templates.named import TEMPLATES
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
 

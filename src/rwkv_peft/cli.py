@@ -287,7 +287,7 @@ def demo(config: DemoConfig) -> None:
 
 def prepare(config: PrepareConfig) -> None:
     """Turn text into tokens, or back."""
-    from .data.prepare import prepare
+    from .preparation import prepare
 
     prepare(config)
 

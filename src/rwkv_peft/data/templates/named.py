@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from types import MappingProxyType
 
-from ..errors import DataError
-from .templates import Message, Segment, Template
+from ...errors import DataError
+from .base import Message, Segment, Template
 
 LABELS = {"system": "System:", "user": "User:", "assistant": "Assistant:"}
 TURN_END = "\n\n"

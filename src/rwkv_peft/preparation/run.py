@@ -19,11 +19,11 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import PrepareConfig, shares_of
+from ..data.binidx import is_binidx, magic_prime, prefix_of, put_in_place
+from ..data.sources import Item, Split, files_of, read_items
 from ..errors import ConfigError, DataError
-from .binidx import is_binidx, magic_prime, prefix_of, put_in_place
 from .encoding import Block, BlockEncoder, Counts, Recipe, blocks_of
 from .resume import Partial, State, find_state, refuse_existing, remove, settings_of
-from .sources import Item, Split, files_of, read_items
 from .to_text import TEXT_SUFFIXES, write_back
 from .workers import Workers
 

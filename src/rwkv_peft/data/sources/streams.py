@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import DataError
-from ..packages import optional
+from ...errors import DataError
+from ...packages import optional
 
 PACKERS = (".gz", ".zst")
 BLOCK = 1 << 20  # bytes of a file read at once

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any
 
-from ..errors import DataError
+from ...errors import DataError
 from .streams import LONGEST, DamagedError, lines_of
 
 Value = dict[str, Any] | str | DataError

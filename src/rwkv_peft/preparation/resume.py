@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from ..config import PrepareConfig
+from ..data.binidx import BinidxWriter
+from ..data.sources import Split, fingerprint
 from ..errors import ConfigError
 from ..files import output_errors, write_text
-from .binidx import BinidxWriter
 from .encoding import Block, Counts, Recipe
-from .sources import Split, fingerprint
 
 SAVED_EVERY = 2.0  # seconds
 FORMAT = 1  # of state.json and what it means

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ...errors import ConfigError, DataError
 
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
 

@@ -11,12 +11,12 @@ import numpy as np
 import numpy.typing as npt
 
 from ..config import OnBadLine, PrepareConfig
+from ..data.examples import segments_of
+from ..data.sources import Item
+from ..data.sources.formats import Value
+from ..data.templates import find_template
+from ..data.tokenizer import BYTE_VOCAB_SIZES, WORLD_VOCAB_SIZE, Tokenizer
 from ..errors import DataError
-from .examples import segments_of
-from .formats import Value
-from .sources import Item
-from .templates import find_template
-from .tokenizer import BYTE_VOCAB_SIZES, WORLD_VOCAB_SIZE, Tokenizer
 
 BLOCK = 4 << 20  # characters of the items that go to a process at once
 ITEM = 64  # what an item takes besides its characters

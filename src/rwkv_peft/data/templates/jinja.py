@@ -10,9 +10,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
-from ..packages import optional
-from .templates import Message, Segment, Template
+from ...errors import ConfigError, DataError
+from ...packages import optional
+from .base import Message, Segment, Template
 
 # Kinds of marks in rendered text, each written as the digits of its template and one of these
 STOP, START, END = "012"

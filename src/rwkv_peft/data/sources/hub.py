@@ -10,8 +10,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from ..errors import ConfigError, DataError
-from ..packages import optional
+from ...errors import ConfigError, DataError
+from ...packages import optional
 from .formats import Found
 from .streams import PACKERS, DamagedError, blocks_of
 

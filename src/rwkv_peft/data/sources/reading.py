@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ..errors import ConfigError, DataError
+from ...errors import ConfigError, DataError
 from . import hub
 from .formats import Found, csv_file, json_file, json_lines, text_file
 from .streams import PACKERS, DamagedError, blocks_of, text_blocks

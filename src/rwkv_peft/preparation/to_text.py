@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..config import PrepareConfig
+from ..data.binidx import Binidx, open_binidx
 from ..errors import DataError
 from ..files import write_atomic
-from .binidx import Binidx, open_binidx
 from .encoding import BlockEncoder, Recipe
 
 TEXT_SUFFIXES = (".jsonl", ".txt")
