@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,10 +20,10 @@ from conftest import difference, random_tokens
 from rwkv_peft import chat_repl, inference
 from rwkv_peft.chat_repl import Conversation, run_chat
 from rwkv_peft.cli import main
-from rwkv_peft.config import AdapterConfig, ChatConfig, SamplingConfig
+from rwkv_peft.config import AdapterConfig, ChatConfig, ChatForm, SamplingConfig
 from rwkv_peft.data.templates import Message, find_template
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import ConfigError
+from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.inference import Session, StopTexts, answer_all, generate, sample
 from rwkv_peft.models import ModelState, Rwkv
 
@@ -327,7 +329,7 @@ class Recorder:
     """A session that records what it reads, and answers as it is told."""
 
     def __init__(self, answers: list[str]) -> None:
-        self.tokenizer, self.answers = BYTE, iter(answers)
+        self.tokenizer, self.answers, self.model = BYTE, iter(answers), SimpleNamespace(form=ChatForm())
         self.start = self.state = ""
         self.stop_token, self.read_texts = 0, []
 
@@ -374,6 +376,59 @@ def test_chat_takes_the_stop_token_of_its_template(monkeypatch: pytest.MonkeyPat
     assert session.stop_token == 24
     assert all(text.startswith("Below is an ") and text.endswith("### Response:") for text in session.read_texts)
     assert [text.count("###") for text in session.read_texts] == [2, 2]  # each question by itself
+
+
+JINJA = "{% for m in messages %}<{{ m.role }}>{{ m.content }}{{ eos_token if m.role == 'assistant' }}{% endfor %}" \
+        "{% if add_generation_prompt %}<assistant>{% endif %}"  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, "User: hi\n\nAssistant:"),
+        ({"template": "instruction", "stop_token": "24"}, "Below is an"),
+        ({"template": "form.jinja", "special_tokens": ("<user>", "<assistant>")}, "<user>hi<assistant>"),
+    ],
+    ids=["rwkv", "instruction", "Jinja"],
+)
+def test_an_adapter_tells_chat_how_it_was_trained(
+    settings: dict[str, Any],
+    expected: str,
+    model_file: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    (tmp_path / "form.jinja").write_text(JINJA)
+    (tmp_path / "data.jsonl").write_text('{"prompt": "hi", "response": "ho"}\n')
+    settings = settings | (
+        {"template": str(tmp_path / "form.jinja")} if "jinja" in settings.get("template", "") else {}
+    )
+    base = model_file(vocab_size=300)
+    config = rp.TrainConfig(
+        base, [str(tmp_path / "data.jsonl")], tmp_path / "run", max_steps=1, device="cpu", **settings
+    )
+    run = rp.train(config)
+    (tmp_path / "form.jinja").unlink()  # the folder has what it needs
+    sessions: list[Session] = []
+    monkeypatch.setattr("builtins.input", lambda prompt, lines=iter(["hi", "/exit"]): next(lines))
+    monkeypatch.setattr(Conversation, "reply", lambda self, sampling: sessions.append(self))
+    run_chat(ChatConfig(base, adapter=(run.result,), device="cpu"))
+    [conversation] = sessions
+    text = "".join(segment.text for segment in conversation.segments)
+    assert text.startswith(expected)
+    assert conversation.session.stop_token == int(settings.get("stop_token", 0))
+    if "special_tokens" in settings:
+        assert conversation.session.tokenizer.encode(text) == [257, *BYTE.encode("hi"), 258]
+
+
+@pytest.mark.parametrize("form", [[], {"template": 3}, {"special_tokens": "a"}, {"other": "a"}, {"stop_token": [1]}])
+def test_a_damaged_form(form: object, model_file: Callable[..., Path], tmp_path: Path) -> None:
+    model = rp.attach_adapter(rp.load_model(model_file()), AdapterConfig(rank=2))
+    rp.save_adapter(model, tmp_path / "adapter")
+    path = tmp_path / "adapter" / "rwkv_peft.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"form": form}))
+    with pytest.raises(CheckpointError, match="the entry form is damaged"):
+        rp.load_adapter(rp.load_model(model_file()), tmp_path / "adapter")
 
 
 def test_chat_in_the_terminal(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ import sys
 from dataclasses import replace
 
 from .config import ChatConfig, SamplingConfig
-from .data.templates import Message, Segment, Template, find_template
+from .data.templates import Message, Segment, Template, find_template, template_of
 from .inference import Session, open_session
 
 STOP = "\n\nUser:"  # the model goes on with the other's turn
@@ -60,12 +60,15 @@ class Conversation:
 
 def run_chat(config: ChatConfig) -> None:
     """Read a line, answer it, and so on until the input ends."""
-    template = find_template(config.template)
+    template = None if config.template is None else find_template(config.template)
     session = open_session(config)
-    if config.stop_token is None and template.stop is not None:
+    form = session.model.form
+    template = template or template_of(form)
+    has_own_stop = (form.stop_token if config.stop_token is None else config.stop_token) is not None
+    if not has_own_stop and template.stop is not None:
         session.stop_token = session.tokenizer.stop_id(template.stop)
     sampling = replace(config.sampling, stop=config.sampling.stop or (STOP,))
-    conversation = Conversation(session, template, config.system, config.stop_token is not None)
+    conversation = Conversation(session, template, config.system, has_own_stop)
     print(HELP)
     while (line := _ask()) is not None:
         if line == "/reset":

@@ -147,11 +147,12 @@ def open_session(config: InferenceConfig) -> Session:
     adapters = read_adapters(config.adapter, config.alpha, config.pissa_init)
     for path, saved in zip(config.adapter, adapters, strict=True):
         attach_saved(model, saved, path)
-    vocab_size = model.sizes.vocab_size
-    tokenizer = tokenizer_for(config.tokenizer, vocab_size).with_special(config.special_tokens, vocab_size)
+    vocab_size, special_tokens = model.sizes.vocab_size, config.special_tokens or model.form.special_tokens
+    tokenizer = tokenizer_for(config.tokenizer, vocab_size).with_special(special_tokens, vocab_size)
     session = Session(model, tokenizer)
-    if config.stop_token is not None:
-        session.stop_token = tokenizer.stop_id(config.stop_token)
+    stop_token = model.form.stop_token if config.stop_token is None else config.stop_token
+    if stop_token is not None:
+        session.stop_token = tokenizer.stop_id(stop_token)
     if config.state is not None:
         state = load_state(config.state)
         check_state(model, state, config.state)

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Mapping
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import write_tensors
-from ..config import FOREIGN, AdapterConfig
+from ..config import FOREIGN, AdapterConfig, ChatForm
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import write_folder, write_text
 from ..models import STATES, Rwkv
@@ -64,6 +65,9 @@ def _save(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         "format": FORMAT, "peft": config.peft, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts),
         "state": sorted(states),
     }  # fmt: skip
+    form = getattr(model, "form", ChatForm())
+    if form != ChatForm():
+        ours["form"] = asdict(form)
 
     def write(temporary: Path) -> None:
         if tensors:
@@ -117,7 +121,7 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
     if is_first:
         own = [f"{name}.{key}" for name, layer in adapted(model) for key in layer.trained()]
         make_trainable(model, [*own, *saved.parts])
-        model.adapter_config = config
+        model.adapter_config, model.form = config, saved.form
     model.adapter_count += 1
 
 

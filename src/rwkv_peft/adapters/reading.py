@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..checkpoint import check_finite, read_tensors
-from ..config import FOREIGN, AdapterConfig
+from ..config import FOREIGN, AdapterConfig, ChatForm
 from ..errors import CheckpointError, ConfigError
 from ..models import SHIFT, STATES, WKV, Sizes
 from . import foreign
@@ -56,7 +56,7 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
         config = _adapter_config(path, settings, method, tensors) if method else foreign.config_of(path, settings)
     for name, tensor in {**tensors, **parts, **states}.items():
         check_finite(path, name, tensor)
-    return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")))
+    return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")), _form(path, ours.get("form", {})))
 
 
 def read_adapters(
@@ -172,6 +172,17 @@ def _adapter_config(
         what = str(error) if isinstance(error, ValueError) else f"an entry is missing or out of range ({error})"
         raise CheckpointError(f"{path}/adapter_config.json: {what}; merge it with PEFT, or copy it again") from error
     return config
+
+
+def _form(path: Path, entries: object) -> ChatForm:
+    """How conversations were written, as rwkv_peft.json has it."""
+    known = {field.name for field in dataclasses.fields(ChatForm)}
+    if isinstance(entries, dict) and entries.keys() <= known:
+        special = entries.get("special_tokens", [])
+        texts = [value for name, value in entries.items() if name != "special_tokens" and value is not None]
+        if isinstance(special, list) and all(isinstance(text, str) for text in [*texts, *special]):
+            return ChatForm(**{**entries, "special_tokens": tuple(special)})
+    raise CheckpointError(f"{path}/rwkv_peft.json: the entry form is damaged; copy the folder again")
 
 
 def _read_json(path: Path) -> dict[str, Any]:

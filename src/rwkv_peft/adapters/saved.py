@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, ChatForm
 
 PREFIX = "base_model.model."  # PEFT's, before every name in its files; what all layers share has `base_model.` alone
 
@@ -33,6 +33,8 @@ class SavedAdapter:
     """E.g. `blocks.0.ln1.weight`, or `blocks.0.att.time_state`."""
     base: str = ""
     """Fingerprint of the base; empty if it was not written by us."""
+    form: ChatForm = field(default_factory=ChatForm)
+    """How conversations were written where it was trained."""
 
     def of_matrix(self, target: str) -> dict[str, Tensor]:
         """The adapter's tensors of one matrix, by their names within it."""

@@ -17,6 +17,18 @@ Sampling = Literal["pack", "pad", "get", "only"]
 Windows = Literal["tiles", "random", "prime"]
 
 
+@dataclass(frozen=True)
+class ChatForm:
+    """How conversations were written in a training, which its adapter tells, so that a chat writes them alike."""
+
+    template: str = "rwkv"
+    """Its name, or the path of a Jinja file."""
+    source: str = ""
+    """The text of that file."""
+    stop_token: str | None = None
+    special_tokens: tuple[str, ...] = ()
+
+
 @dataclass
 class ReadConfig:
     """Where examples come from, and how they become tokens."""

@@ -74,9 +74,9 @@ class InferenceConfig:
     tokenizer: TokenizerName = "auto"
     """How text becomes tokens. [world for a vocabulary of 65536, byte for up to 512]"""
     special_tokens: tuple[str, ...] = ()
-    """Texts that are one token each, as in the training."""
+    """Texts that are one token each. [the adapter's]"""
     stop_token: str | None = None
-    """What ends an answer beside token 0, as in the training: the id of a token, or its text. [chat: the template's]"""
+    """What ends an answer beside token 0: the id of a token, or its text. [the adapter's]"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights. [bf16 on a GPU, fp32 on a CPU]"""
     device: str = "auto"
@@ -102,8 +102,8 @@ class GenerateConfig(InferenceConfig):
 class ChatConfig(InferenceConfig):
     """Talk with a model."""
 
-    template: str = "rwkv"
-    """How the conversation becomes text, as in the training: rwkv, g1-think and its kin, instruction, a Jinja file."""
+    template: str | None = None
+    """How the conversation becomes text: rwkv, g1-think and its kin, instruction, raw, a Jinja file. [the adapter's]"""
     system: Annotated[str, ESCAPES] = ""
     """What the model is told before the first turn; `\\n` stands for a line break."""
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ..config import AdapterConfig
+from ..config import AdapterConfig, ChatForm
 from ..errors import CheckpointError
 from ..ops import Backend
 from .layers import Documents, LayerNorm, Linear
@@ -136,6 +136,7 @@ class Rwkv(nn.Module, ABC):
     source: str = ""  # name of the file that the weights came from, and their fingerprint
     fingerprint: str = ""
     adapter_config: AdapterConfig | None = None  # of the adapter that it has, and what it puts in whose place
+    form: ChatForm = ChatForm()  # how conversations were written where it was trained
     adapter_bases: dict[str, Tensor]
     adapter_count: int = 0
 

@@ -18,9 +18,10 @@ from ..adapters import SavedAdapter, attach_adapter, attach_saved, follow, read_
 from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
-from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, TrainConfig, flag_of
+from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of
 from ..data.dataset import Dataset, load_for_training
 from ..data.sampling import Sampler
+from ..data.templates import find_template
 from ..data.tokenizer import tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
@@ -73,6 +74,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     total = config.max_steps or sampler.total_steps(config.epochs)
     model = load_model(config.model, config.precision, config.device, config.op)
     prepare(model, config, saved)
+    model.form = form_of(config)
     check_space(out, model)
     optimizer = build_optimizer(model, config)
     follow(model, optimizer, total)
@@ -169,6 +171,12 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
     }
     write_tensors(out / "model.pth", base | trained)
     return out / "model.pth"
+
+
+def form_of(config: TrainConfig) -> ChatForm:
+    """How the run writes conversations."""
+    source = str(getattr(find_template(config.template), "source", ""))
+    return ChatForm(config.template, source, config.stop_token, config.special_tokens)
 
 
 def evaluation_of(config: TrainConfig, model: Rwkv, held: Dataset | None, total: int) -> Evaluation | None:

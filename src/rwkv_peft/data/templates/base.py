@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ...config import ChatForm
 from ...errors import ConfigError, DataError
 
 JINJA_SUFFIXES = (".jinja", ".jinja2", ".j2", ".txt")
@@ -98,6 +99,15 @@ def find_template(name: str) -> Template:
         f"--template {shown}: no such template, and no such file; names are {', '.join(TEMPLATES)}"
         + (f"; did you mean {near[0]}?" if near else "; or give the path of a Jinja file")
     )
+
+
+def template_of(form: ChatForm) -> Template:
+    """The template of a training. Raises `ConfigError` as `find_template` does."""
+    if not form.source:
+        return find_template(form.template)
+    from .jinja import JinjaTemplate
+
+    return JinjaTemplate(form.template, form.source)
 
 
 def _exists(name: str) -> bool:
