@@ -400,17 +400,13 @@ def test_an_adapter_tells_chat_how_it_was_trained(
 ) -> None:
     (tmp_path / "form.jinja").write_text(JINJA)
     (tmp_path / "data.jsonl").write_text('{"prompt": "hi", "response": "ho"}\n')
-    settings = settings | (
-        {"template": str(tmp_path / "form.jinja")} if "jinja" in settings.get("template", "") else {}
-    )
+    monkeypatch.chdir(tmp_path)
     base = model_file(vocab_size=300)
-    config = rp.TrainConfig(
-        base, [str(tmp_path / "data.jsonl")], tmp_path / "run", max_steps=1, device="cpu", **settings
-    )
-    run = rp.train(config)
+    run = rp.train(rp.TrainConfig(base, ["data.jsonl"], tmp_path / "run", max_steps=1, device="cpu", **settings))
     (tmp_path / "form.jinja").unlink()  # the folder has what it needs
-    sessions: list[Session] = []
-    monkeypatch.setattr("builtins.input", lambda prompt, lines=iter(["hi", "/exit"]): next(lines))
+    sessions: list[Conversation] = []
+    lines = iter(["hi", "/exit"])
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(Conversation, "reply", lambda self, sampling: sessions.append(self))
     run_chat(ChatConfig(base, adapter=(run.result,), device="cpu"))
     [conversation] = sessions
