@@ -87,7 +87,7 @@ def test_counts_of_good_data(tmp_path: Path) -> None:
     assert found["examples"] == ["3"]
     assert found["tokens"] == ["60, of which 24 (40.0%) are trained on"]  # (4+1) + (8+1) + 10
     assert found["lengths"][0] == "min 10, median 23, mean 20.0, p90 26, p99 27, max 27"
-    assert found["rows"] == ["1 an epoch with --sampling pack, 5.9% full; 1 step with --micro-batch 8"]
+    assert found["rows"] == ["1 an epoch with --sampling pack, 5.9% full; 1 step with --micro-batch 4"]
     assert not found.keys() & {"unusable", "empty", "duplicates", "too long", "stop token", "note", "shares"}
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
 import os
 import random
+import re
 import signal
 import struct
 import subprocess
 import sys
 import time
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -21,17 +24,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.progress import Progress
 
 from rwkv_peft.config import PrepareConfig
 from rwkv_peft.data import binidx as binidx_module
 from rwkv_peft.data.binidx import BinidxWriter, open_binidx, put_in_place
 from rwkv_peft.data.examples import segments_of
 from rwkv_peft.data.masking import Encoder
-from rwkv_peft.data.sources import Item
+from rwkv_peft.data.sources import Item, Piece, items_of, streams, texts
 from rwkv_peft.data.templates import find_template
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, OutputError, RwkvPeftError
-from rwkv_peft.preparation import encoding, prepare, resume
+from rwkv_peft.preparation import encoding, lock, prepare, resume
 from rwkv_peft.preparation import run as prepare_module
 from rwkv_peft.preparation.encoding import blocks_of
 from rwkv_peft.preparation.workers import Workers
@@ -80,6 +84,13 @@ def files_of(prefix: Path) -> tuple[bytes, bytes]:
 def documents_of(prefix: Path) -> list[list[int]]:
     pair = open_binidx(str(prefix))
     return [pair.ids[s : s + n].tolist() for s, n in zip(pair.starts, pair.lengths, strict=True)]
+
+
+def set_blocks(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let blocks, and the lines and parts that they are made of, have about that many bytes."""
+    monkeypatch.setattr(encoding, "BLOCK", size)
+    monkeypatch.setattr(streams, "BLOCK", size)
+    monkeypatch.setattr(texts, "PART", size)
 
 
 def left_in(folder: Path) -> list[str]:
@@ -190,7 +201,7 @@ def test_split_counts_documents(tmp_path: Path, split: str, chosen: str) -> None
 
 
 def test_a_split_that_has_enough_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BLOCK", 1)
+    set_blocks(monkeypatch, 1)
     run(write(tmp_path / "d.jsonl", "a", "b", b"broken"), out=tmp_path / "o", split="train[:2]")
     assert len(documents_of(tmp_path / "o")) == 2
 
@@ -203,7 +214,46 @@ def test_a_terminal_sees_a_bar(tmp_path: Path) -> None:
     printed = io.StringIO()
     config = PrepareConfig(data=[write(tmp_path / "d.jsonl", "a" * 3_000_000)], out=tmp_path / "o", jobs=1)
     prepare(config, Console(file=printed, force_terminal=True, width=120))
-    assert "1 documents, 3 MB, " in printed.getvalue()
+    assert "100%, 1 documents, 3 MB, " in printed.getvalue()
+
+
+def bar_of(monkeypatch: pytest.MonkeyPatch, *data: str, out: Path, broken_after: int = 10**9) -> list[str]:
+    """What a bar shows after each block, without times; the run is broken off after so many."""
+    seen: list[str] = []
+    update = Progress.update
+
+    def spy(self: Progress, task: Any, **fields: Any) -> None:
+        update(self, task, **fields)
+        seen.append(re.sub(r"[\d.]+ MB/s|\d:\d\d:\d\d", "…", fields["shown"]) + f" ({fields['completed']:,})")
+        if len(seen) == broken_after:
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Progress, "update", spy)
+        prepare(PrepareConfig(data=list(data), out=out, jobs=1), Console(file=io.StringIO(), force_terminal=True))
+    return seen
+
+
+def test_a_bar_knows_the_end(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 50_000)
+    text, lines = "word\n" * 40_000, [{"text": "a" * 989}] * 200
+    (tmp_path / "1.txt").write_text(text)
+    data = [str(tmp_path / "1.txt"), write(tmp_path / "2.jsonl", *lines)]
+    total = sum(Path(path).stat().st_size for path in data)
+    with pytest.raises(KeyboardInterrupt):
+        bar_of(monkeypatch, *data, out=tmp_path / "o", broken_after=1)
+    seen = bar_of(monkeypatch, *data, out=tmp_path / "o")
+    assert seen[0] == "37%, 0 documents, 0 MB, … (150,000)"
+    assert seen[1] == "50%, 0 documents, 0 MB, …, … left (200,000)"
+    assert seen[-1] == f"100%, 201 documents, 0 MB, …, … left ({total:,})"
+
+
+def test_a_bar_of_what_has_no_size_shows_no_share(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 50)
+    monkeypatch.setattr(prepare_module, "size_of", lambda *_: None)
+    seen = bar_of(monkeypatch, write(tmp_path / "1.jsonl", *["abc" * 20] * 9), out=tmp_path / "o")
+    assert len(seen) == 9
+    assert seen[0].startswith("1 documents, 0 MB, … (")
 
 
 # --- processes
@@ -223,7 +273,7 @@ def many(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(encoding, "BLOCK", 300_000)
+    set_blocks(monkeypatch, 300_000)
 
 
 @pytest.fixture(scope="module")
@@ -292,9 +342,138 @@ def test_blocks_are_bounded_and_lose_nothing(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(encoding, "BLOCK", 1000)
     items = [Item(str(n), {"a": ["x" * n, {"b": 1}], "c": None}) for n in range(200)]
     blocks = list(blocks_of(items))
-    assert [item for block in blocks for item in block] == items
+    found = [[item for piece in block for item in items_of(piece)] for block in blocks]
+    assert [item for block in found for item in block] == items
     assert max(len(block) for block in blocks) < 1000 / encoding.ITEM
-    assert max(sum(len(str(item.value)) for item in block) for block in blocks) < 2000
+    assert max(sum(len(str(item.value)) for item in block) for block in found) < 2000
+
+
+# --- texts that are too long to be in memory
+
+
+LONG = "".join(f"Line {number},\twords\r\n“Ja?”\n我们来谈谈。\n  \n" for number in range(20_000))  # 0.9 MB
+
+
+def write_long(folder: Path) -> list[str]:
+    """Sources of short and long documents, the long ones in many parts."""
+    (folder / "1.txt").write_text(LONG, newline="")
+    (folder / "3.txt").write_text("short\n")
+    (folder / "4.md").write_text(LONG[::2] + "end")
+    (folder / "4.md.gz").write_bytes(gzip.compress(LONG[::2].encode() + b"end"))
+    return [
+        str(folder / "1.txt"),
+        write(folder / "2.jsonl", "a", "b"),
+        *(str(folder / f"{n}") for n in ("3.txt", "4.md.gz")),
+    ]
+
+
+def long_documents() -> list[list[int]]:
+    return [[*WORLD.encode(text.replace("\r\n", "\n")), 0] for text in (LONG, "a", "b", "short\n", LONG[::2] + "end")]
+
+
+@pytest.mark.parametrize("jobs", [1, 3])
+@pytest.mark.parametrize("size", [50_000, 120_000])
+def test_a_long_text_is_one_document(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, jobs: int) -> None:
+    set_blocks(monkeypatch, size)
+    monkeypatch.setattr(encoding, "BLOCK", 100_000)
+    printed = run(*write_long(tmp_path), out=tmp_path / "o", jobs=jobs)
+    assert files_of(tmp_path / "o") == expected(long_documents())
+    total = len((LONG.replace("\r\n", "\n") + "ab" + "short\n" + LONG[::2].replace("\r\n", "\n") + "end").encode())
+    assert f": 5 documents, {sum(map(len, long_documents())):,} tokens, {total / 1e6:,.1f} MB of text" in printed
+
+
+def test_a_long_text_can_be_gone_on_with_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 100_000)
+    monkeypatch.setattr(encoding, "BLOCK", 50_000)
+    data, whole = write_long(tmp_path), expected(long_documents())
+    monkeypatch.setattr(resume, "SAVED_EVERY", 0.0)
+    add, left = resume.Partial.add, 0
+
+    def break_off(self: resume.Partial, block: Any) -> None:
+        nonlocal left
+        if not left:
+            raise KeyboardInterrupt
+        left -= 1
+        add(self, block)
+
+    monkeypatch.setattr(resume.Partial, "add", break_off)
+    seen = []
+    for at in count(1):
+        left = at
+        try:
+            run(*data, out=tmp_path / "o")
+            break
+        except KeyboardInterrupt:
+            pass
+        state = json.loads((tmp_path / "o.partial" / "state.json").read_text())
+        seen.append((state["documents"], state["begun"] > 0))
+        left = -1
+        printed = run(*data, out=tmp_path / "o")
+        more = " and a part of the next one" * (state["begun"] > 0)
+        assert f"going on after {state['documents']:,} documents{more}\n" in printed
+        assert files_of(tmp_path / "o") == whole
+        for end in ("bin", "idx"):
+            Path(f"{tmp_path}/o.{end}").unlink()
+    assert files_of(tmp_path / "o") == whole
+    assert len(seen) > 8
+    assert {(0, True), (4, True)} <= set(seen)
+
+
+@pytest.mark.parametrize("step", ["cut_off", "put_in_place", "remove"])
+def test_a_split_ends_in_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str) -> None:
+    set_blocks(monkeypatch, 50_000)
+    monkeypatch.setattr(encoding, "BLOCK", 250_000)
+    (tmp_path / "2.txt").write_text(LONG)
+    data = [write(tmp_path / "1.jsonl", "a", "b"), str(tmp_path / "2.txt")]
+
+    def broken(*args: Any) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(prepare_module, step, broken)
+        run(*data, out=tmp_path / "o", split="train[:2]")
+    more = {"overwrite": True} if step == "remove" else {}
+    if step != "remove":
+        with pytest.raises(
+            ConfigError, match=r"o\.partial is of a run with other settings or sources \(split\); remove"
+        ):
+            run(*data, out=tmp_path / "o", split="train[:3]")
+    run(*data, out=tmp_path / "o", split="train[:2]", **more)
+    assert files_of(tmp_path / "o") == expected([[*WORLD.encode(text), 0] for text in "ab"])
+    assert left_in(tmp_path) == ["1.jsonl", "2.txt", "o.bin", "o.idx"]
+
+
+def test_a_long_text_that_is_not_utf8_is_skipped_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 50_000)
+    (tmp_path / "1.txt").write_bytes(LONG.encode() + b"\xff")
+    data = [str(tmp_path / "1.txt"), write(tmp_path / "2.jsonl", "a")]
+    where = rf"{data[0]}: not UTF-8 \(byte 0xff at line 80001 byte 1\); save the file as UTF-8"
+    with pytest.raises(DataError, match=f"^{where}$"):
+        run(*data, out=tmp_path / "o")
+    printed = run(*data, out=tmp_path / "o", on_bad_line="skip")
+    assert re.search(rf": 1 documents, 2 tokens, 0\.0 MB of text, .*; 1 skipped, the first {where}", printed)
+
+
+def test_special_tokens_across_lines_are_not_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    set_blocks(monkeypatch, 100)
+    special, text = ["<e>\n", ";\n\n"], "word<e>\nword>\nx;\n\n字\n" * 500
+    (tmp_path / "d.txt").write_text(text)
+    run(str(tmp_path / "d.txt"), out=tmp_path / "o", special_tokens=special)
+    assert documents_of(tmp_path / "o") == [[*WORLD.with_special(special, 65536).encode(text), 0]]
+
+
+@pytest.mark.parametrize("suffix", ["txt", "jsonl"])
+def test_a_document_longer_than_the_format_can_hold(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    set_blocks(monkeypatch, 100)
+    monkeypatch.setattr(resume, "MOST_TOKENS", 1000)
+    (tmp_path / "d.txt").write_text("word\n" * 600)
+    path = write(tmp_path / "d.jsonl", "word\n" * 600) if suffix == "jsonl" else str(tmp_path / "d.txt")
+    with pytest.raises(
+        DataError, match=r"^document 2 has more than 1,000 tokens, which binidx cannot hold; name what "
+    ):
+        run(write(tmp_path / "a.jsonl", "a"), path, out=tmp_path / "o")
 
 
 # --- bad items
@@ -420,13 +599,15 @@ def start(many: Path, out: Path, *more: str) -> subprocess.Popen[str]:
     script = (
         "import sys, time\n"
         "from rwkv_peft.config import PrepareConfig\n"
+        "from rwkv_peft.data.sources import streams, texts\n"
         "from rwkv_peft.preparation import encoding, resume, run\n"
         "add = resume.Partial.add\n"
         "def slow_add(self, block):\n"
         "    add(self, block)\n"
         "    time.sleep(0.3)\n"
         "if __name__ == '__main__':\n"
-        "    encoding.BLOCK, resume.Partial.add = 300_000, slow_add\n"
+        "    encoding.BLOCK = streams.BLOCK = texts.PART = 300_000\n"
+        "    resume.Partial.add = slow_add\n"
         "    run.prepare(PrepareConfig(data=[sys.argv[1]], out=sys.argv[2], jobs=int(sys.argv[3])))\n"
     )
     path = out.with_name("script.py")
@@ -465,6 +646,79 @@ def test_a_killed_run_is_gone_on_with(tmp_path: Path, many: Path, alone: tuple[b
     assert not any(map(psutil.pid_exists, children))
 
 
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_run_that_is_killed_within_a_long_text(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jobs: int) -> None:
+    path, out = tmp_path / "d.txt", tmp_path / "o"
+    path.write_text(LONG * 4)
+    process = start(path, out, str(jobs))
+    wait_for_state(out, process)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    state = json.loads(Path(f"{out}.partial", "state.json").read_text())
+    assert (state["documents"], state["begun"]) == (0, state["tokens"])
+    assert 0 < state["tokens"] < 1_000_000
+    set_blocks(monkeypatch, 300_000)
+    printed = run(str(path), out=out, jobs=3 - jobs)
+    assert "going on after 0 documents and a part of the next one\n" in printed
+    assert files_of(out) == expected([[*WORLD.encode(LONG.replace("\r\n", "\n") * 4), 0]])
+    assert left_in(tmp_path) == ["d.txt", "o.bin", "o.idx", "script.py"]
+
+
+def test_a_second_command_is_refused(tmp_path: Path, many: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out = tmp_path / "o"
+    process = start(many, out, "1")
+    wait_for_state(out, process)
+    message = rf"^--out {out}: another command is at work in {out}\.partial; wait until it has ended, or choose another"
+    for more in ({}, {"overwrite": True}):
+        with pytest.raises(ConfigError, match=message):
+            run(str(many), out=out, **more)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    set_blocks(monkeypatch, 300_000)
+    assert "going on after " in run(str(many), out=out)
+    assert left_in(tmp_path) == ["o.bin", "o.idx", "script.py"]
+
+
+def test_a_command_that_waits_for_nobody_goes_on_undisturbed(tmp_path: Path, many: Path) -> None:
+    out = tmp_path / "o"
+    process = start(many, out, "1")
+    wait_for_state(out, process)
+    second = start(many, out, "1")
+    assert "ConfigError: --out " in second.communicate()[1]
+    assert process.communicate()[0].count("\n") == 2
+    assert (second.returncode, process.returncode) == (1, 0)
+    assert len(documents_of(out)) == 8_000
+
+
+def test_a_file_system_without_locks_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*args: Any) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(lock, "_lock", fail)
+    printed = run(write(tmp_path / "d.jsonl", "a"), out=tmp_path / "o")
+    assert f"; {tmp_path}/o.partial: has no lock (No locks available); let no other command write it" in printed
+    assert left_in(tmp_path) == ["d.jsonl", "o.bin", "o.idx"]
+
+
+def test_a_lock_on_a_file_that_was_just_removed_counts_for_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    taken, take = [], lock._lock
+
+    def late(file: Any) -> None:
+        if not taken:
+            Path(file.name).unlink()
+        taken.append(file)
+        take(file)
+
+    monkeypatch.setattr(lock, "_lock", late)
+    with lock.locked(str(tmp_path / "o")):
+        assert len(taken) == 2
+        with pytest.raises(ConfigError), lock.locked(str(tmp_path / "o")):
+            pass
+    assert not left_in(tmp_path)
+
+
 @pytest.mark.usefixtures("small_blocks")
 def test_an_interrupted_run_says_what_it_keeps(tmp_path: Path, many: Path, alone: tuple[bytes, bytes]) -> None:
     out = tmp_path / "o"
@@ -481,7 +735,7 @@ def test_an_interrupted_run_says_what_it_keeps(tmp_path: Path, many: Path, alone
 
 def begin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[str, Path]:
     """A run of three documents that is broken off after two."""
-    monkeypatch.setattr(encoding, "BLOCK", 1)
+    set_blocks(monkeypatch, 1)
     path, out = write(tmp_path / "d.jsonl", "a", "b", "c"), tmp_path / "o"
     add = resume.Partial.add
 
@@ -501,9 +755,9 @@ def test_what_is_done_is_not_read_again(tmp_path: Path, monkeypatch: pytest.Monk
     seen: list[str] = []
     call = encoding.BlockEncoder.__call__
 
-    def spy(self: encoding.BlockEncoder, items: list[Item]) -> encoding.Block:
-        seen.extend(item.origin for item in items)
-        return call(self, items)
+    def spy(self: encoding.BlockEncoder, pieces: list[Piece]) -> encoding.Block:
+        seen.extend(item.origin for piece in pieces for item in items_of(piece))
+        return call(self, pieces)
 
     monkeypatch.setattr(encoding.BlockEncoder, "__call__", spy)
     assert "o.partial: going on after 2 documents\n" in run(path, out=out)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_peft.config import Overlong, TrainConfig
+from rwkv_peft.config import InspectConfig, Overlong, TrainConfig
 from rwkv_peft.data.batches import Batch, beside, padded
 from rwkv_peft.data.corpus import Corpus, Spool
 from rwkv_peft.data.dataset import Dataset, Windows, fit, hold_out, load_dataset, load_for_training
@@ -23,6 +23,7 @@ from rwkv_peft.data.epochs import prime_order, take
 from rwkv_peft.data.masking import Encoded
 from rwkv_peft.data.packing import best_fit
 from rwkv_peft.data.sampling import Sampler
+from rwkv_peft.data.sources import read_items, texts
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
 
@@ -445,6 +446,49 @@ def test_tokens_in_a_file_are_the_same(tmp_path: Path, streaming: bool | None) -
     assert [BYTE.decode(data.piece(i).ids.tolist()) for i in range(3)] == [
         "exactly8", "User: a question\n\nAssistant: yes", "abcdefghijklmnop",
     ]  # fmt: skip
+
+
+LONG = "User: what?\nAssistant: this\nand that。\n\nUser: 谁？\nAssistant: ich!\n" * 40
+
+
+@pytest.mark.parametrize("mask", ["auto", "all", "pad", "qa", "se"])
+@pytest.mark.parametrize("streaming", [True, False])
+def test_a_long_text_is_one_example(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, mask: str, streaming: bool
+) -> None:
+    (tmp_path / "1.txt").write_text(LONG)
+    (tmp_path / "2.txt").write_text("short")
+    (tmp_path / "3.txt").write_text(LONG[5:])
+    more = {"mask_id": '{"mask0": "User:", "mask1": "Assistant:"}'} if mask in ("qa", "se") else {}
+    whole = load(tmp_path, mask=mask, streaming=streaming, **more)
+    monkeypatch.setattr(texts, "PART", 50)
+    parts = list(read_items(tmp_path))
+    assert len(parts) > 50
+    data = load(tmp_path, mask=mask, streaming=streaming, **more)
+    for name in ("ids", "target", "starts", "lengths"):
+        assert getattr(data.corpora[0], name).tolist() == getattr(whole.corpora[0], name).tolist()
+    assert len(data.examples) == 3
+    assert 0 < data.target_tokens < len(data.corpora[0].ids)
+    assert data.summary() == whole.summary()
+    assert load(tmp_path, mask=mask, split="train[:2]").examples.inputs.tolist() == whole.examples.inputs.tolist()[:2]
+
+
+def test_a_long_text_is_inspected_and_refused_as_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "1.txt").write_text(LONG)
+    (tmp_path / "2.jsonl").write_text(json.dumps(LINES[1]))
+    monkeypatch.setattr(texts, "PART", 50)
+    data = load_dataset(InspectConfig([str(tmp_path)]), BYTE)
+    record = data.corpora[0].record
+    assert record is not None
+    assert record.origins == [f"{tmp_path}/1.txt", f"{tmp_path}/2.jsonl:1"]
+    assert record.forms == {"plain text": 1, "prompt + response": 1}
+    message = "plain text has no answers: not with --mask answers; choose auto or all"
+    with pytest.raises(DataError, match=f"^{tmp_path}/1.txt: {message}$"):
+        load(tmp_path, mask="answers")
+    data = load_dataset(InspectConfig([str(tmp_path)], mask="answers", on_bad_line="skip"), BYTE)
+    record = data.corpora[0].record
+    assert record is not None
+    assert (data.skipped, record.problems) == (1, [(f"{tmp_path}/1.txt", message)])
 
 
 @given(pieces=st.lists(st.lists(st.integers(0, 60_000), max_size=20), max_size=10), most=st.integers(0, 60))

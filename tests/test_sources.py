@@ -10,7 +10,8 @@ import os
 import random
 import tracemalloc
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,20 @@ import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rwkv_peft.data.sources import Split, files_of, fingerprint, formats, read_items, reading, streams
+from rwkv_peft.data.sources import (
+    Item,
+    Split,
+    files_of,
+    fingerprint,
+    formats,
+    read_items,
+    read_pieces,
+    reading,
+    size_of,
+    streams,
+    texts,
+)
+from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError
 
 ROWS = [{"text": "a"}, {"text": 'zwei\nZeilen, "é👍"', "n": 1}, {"messages": [{"role": "user", "content": "Q"}]}]
@@ -451,8 +465,203 @@ def test_where_blocks_end_does_not_matter(
     for read_lines in (formats.json_lines, formats.json_file):
         assert [value for _, value in read_lines(blocks(lines))] == rows
     documents = ["a" + "".join(row.values()).replace("\r", "").replace("\n", "") for row in rows]
-    found = [value for _, value in formats.text_file(blocks("\r\n\r\n".join(documents)), "\n\n")]
+    found = [value for _, value in texts.text_file(blocks("\r\n\r\n".join(documents)), "\n\n")]
     assert found == documents
+
+
+# --- long texts, in parts
+
+HARD = (
+    "Zeile eins\r\nword\n\n  def f(x):\n\treturn x;\n“Ja?”\n我们来谈谈。\n人工智能！\n第一章\n…\n👩‍👩‍👧‍👦\n"
+    "\x00e\u0301 \u3000\n1.\r\r\nEnde\n\n"
+)
+
+
+def parts_in(data: bytes, size: int = 7, special_tokens: tuple[str, ...] = ()) -> list[tuple[bytes, bool]]:
+    blocks = (data[at : at + size] for at in range(0, len(data), size))
+    return list(texts.parts_of(texts.with_line_feeds(blocks), texts.cut_of(special_tokens)))
+
+
+@pytest.mark.parametrize("tokenizer", [Tokenizer.world(), Tokenizer.byte()], ids=["world", "byte"])
+def test_no_token_goes_across_a_place_where_a_part_may_end(tokenizer: Tokenizer) -> None:
+    cut = texts.cut_of(())
+    assert all(cut.search(letter.encode() + b"\n") for letter in "azAZ09.;,:!?)}]\"'”字")
+    assert sum(bool(cut.search(token)) for token in tokenizer._tokens) == 0
+    assert sum(b"\n" in token[1:] for token in Tokenizer.world()._tokens) > 90  # so that there are some to be found
+
+
+def test_no_part_begins_or_ends_a_text_that_is_blank() -> None:
+    characters = map(chr, filter(lambda code: not 0xD800 <= code < 0xE000, range(0x110000)))
+    blanks = [character for character in characters if character.isspace()]
+    assert len(blanks) > 20
+    assert not any(blank.encode()[-1] in texts.CUT_AFTER for blank in blanks)
+
+
+@given(
+    text=st.lists(st.sampled_from([*HARD, "a\n", "<|end|>\n", "b\r\n", "\n\n"]), max_size=60).map("".join),
+    part=st.integers(1, 9), size=st.integers(1, 9),
+    special_tokens=st.sampled_from([(), ("<|end|>\n",), ("a\nb", ";\n\n"), ("n\n", "\n<|end|>")]),
+)  # fmt: skip
+@settings(max_examples=300, deadline=None)
+def test_the_tokens_of_the_parts_are_those_of_the_text(
+    text: str, part: int, size: int, special_tokens: tuple[str, ...]
+) -> None:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(texts, "PART", part)
+        parts = parts_in(text.encode(), size, special_tokens)
+        assert parts == parts_in(text.encode(), 1000, special_tokens)
+    whole = text.replace("\r\n", "\n")
+    assert b"".join(raw for raw, _ in parts) == whole.encode()
+    assert [more for _, more in parts] == [True] * (len(parts) - 1) + [False]
+    for plain in (Tokenizer.world(), Tokenizer.byte()):
+        tokenizer = plain.with_special(special_tokens, 65536)
+        assert [i for raw, _ in parts for i in tokenizer.encode(raw.decode())] == tokenizer.encode(whole)
+
+
+def test_parts_are_cut_where_they_may_be_and_else_grow(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PART", 4)
+    assert parts_in(b"a\nb\nc\n") == [(b"a\nb\nc", True), (b"\n", False)]
+    assert parts_in(b"a  \n  \n x\ny") == [(b"a  \n  \n x", True), (b"\ny", False)]
+    assert parts_in("。\n".encode() * 9) == [("。\n".encode() * 9, False)]
+    assert parts_in(b"....\n....\n", special_tokens=("x.\n",)) == [(b"....\n....\n", False)]
+    assert parts_in(b"....\n....\n", special_tokens=("x.", "\n")) == [
+        (b"....", True),
+        (b"\n....", True),
+        (b"\n", False),
+    ]
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_a_long_text_comes_in_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packer: str) -> None:
+    monkeypatch.setattr(texts, "PART", 4)
+    path = written(tmp_path / f"a.txt{packer}", b"\xef\xbb\xbfline\r\ntwo\r\n\r\n")
+    name = str(path)
+    assert list(read_items(name)) == [
+        Item(name, "line", more=True),
+        Item(name, "\ntwo", True, True),
+        Item(name, "\n\n", True),
+    ]
+    assert list(read_items(str(written(tmp_path / f"b.txt{packer}", b"word\r")))) == [
+        Item(f"{tmp_path}/b.txt{packer}", "word\r")
+    ]
+
+
+@pytest.mark.parametrize(
+    ("bad", "problem"),
+    [
+        (b"\xff", "byte 0xff at line 1002 byte 4"),
+        (b"\n\n\xe3\x81\n", "byte 0xe3 at line 1004 byte 1"),
+        (b"\r\n" * 3 + b"b" * 99 + b"\x90\n" * 9, "byte 0x90 at line 1005 byte 100"),
+    ],
+)
+def test_none_of_a_long_text_is_used_if_some_is_not_utf8(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bad: bytes, problem: str
+) -> None:
+    monkeypatch.setattr(texts, "PART", 50)
+    data = "é line\r\n".encode() * 1001 + b"abc" + bad + b"more\n" * 100
+    path = written(tmp_path / "a.txt", data)
+    assert read(path) == [("a.txt", f"!not UTF-8 ({problem}); save the file as UTF-8")]
+    monkeypatch.setattr(texts, "PART", 1 << 20)
+    assert read(path) == [("a.txt", f"!not UTF-8 ({problem}); save the file as UTF-8")]
+
+
+def test_a_long_text_that_changes_while_it_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(texts, "PART", 1 << 16)
+    path = written(tmp_path / "a.txt", b"word\n" * 1_000_000)
+    items = read_items(str(path))
+    next(items)
+    path.write_bytes(b"\xff" * 5_000_000)
+    with pytest.raises(DataError, match=rf"^{path}: changed while it was read; start again when it is complete$"):
+        list(items)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+def test_memory_does_not_grow_with_a_text_of_one_document(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, packer: str
+) -> None:
+    monkeypatch.setattr(streams, "BLOCK", 1 << 16)
+    monkeypatch.setattr(texts, "PART", 1 << 16)
+    source = random.Random(0)
+    lines = [f"谈谈人工智能\r\n{source.getrandbits(1000):0250x}\r\n" for _ in range(20_000)]
+    path = written(tmp_path / f"a.txt{packer}", "".join(lines).encode())
+    tracemalloc.start()
+    try:
+        size = sum(len(str(item.value).encode()) for item in read_items(str(path)))
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert size == 20_000 * (18 + 250 + 2)
+    assert peak < size / 3  # 5.4 MB
+
+
+# --- pieces
+
+
+@given(
+    lines=st.lists(st.binary(max_size=9).map(lambda line: line.replace(b"\n", b"")), max_size=20),
+    block=st.integers(1, 30), size=st.integers(1, 9), ends=st.booleans(), damaged=st.booleans(),
+)  # fmt: skip
+@settings(deadline=None)
+def test_lines_are_together_whatever_the_blocks(
+    lines: list[bytes], block: int, size: int, ends: bool, damaged: bool
+) -> None:
+    data = b"\n".join(lines) + b"\n" * ends
+
+    def blocks(size: int) -> Iterator[bytes]:
+        yield from (data[at : at + size] for at in range(0, len(data), size))
+        if damaged:
+            raise streams.DamagedError("is cut off; copy it")
+
+    def found(size: int) -> list[tuple[int, bytes]]:
+        pieces = []
+        with suppress(streams.DamagedError):
+            for piece in streams.line_blocks(blocks(size)):
+                pieces.append(piece)
+            assert not damaged
+        return pieces
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(streams, "BLOCK", block)
+        pieces = found(size)
+        assert pieces == found(1000)
+    assert b"".join(text for _, text in pieces) == (data[: data.rfind(b"\n") + 1] if damaged else data)
+    ends_of = [0, *accumulate(text.count(b"\n") for _, text in pieces)]
+    assert [number for number, _ in pieces] == [1 + lines for lines in ends_of[:-1]]
+    assert all(len(text) >= block and text.endswith(b"\n") for _, text in pieces[:-1])
+
+
+def packed_parquet(rows: int) -> bytes:
+    return parquet([{"text": f"{number:x}" * 9} for number in range(rows)], row_group_size=70)
+
+
+@pytest.mark.parametrize("packer", PACKERS)
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "t.csv", "short.txt", "long.txt", "d.md", "t.parquet"])
+def test_the_bytes_of_a_file_are_told_as_they_are_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, packer: str
+) -> None:
+    monkeypatch.setattr(streams, "BLOCK", 5_000)
+    monkeypatch.setattr(streams, "PACKED_BLOCK", 100)
+    monkeypatch.setattr(reading.hub, "MOST_ROWS", 100)
+    monkeypatch.setattr(texts, "PART", 5_000 if name == "long.txt" else 10**6)
+    lines = b'{"a": "%x"}\n' % random.Random(0).getrandbits(99) * 2000
+    path = written(tmp_path / f"{name}{packer}", packed_parquet(2000) if name == "t.parquet" else lines)
+    seen: list[int] = []
+    before = []
+    for _ in read_pieces(str(path), separator="\n" if name == "d.md" else "", watch=seen.append):
+        before.append(sum(seen))
+    assert sum(seen) == size_of(path) == path.stat().st_size
+    if not packer and name not in ("short.txt", "a.json"):
+        assert 0 <= before[0] < before[len(before) // 2] < path.stat().st_size
+
+
+def test_the_size_of_a_source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written(tmp_path / "f" / "a.jsonl", LINES)
+    written(tmp_path / "f" / "sub" / "train.txt.gz", b"text")
+    written(tmp_path / "f" / "test.jsonl", LINES)
+    sizes = [path.stat().st_size for path in (tmp_path / "f" / "a.jsonl", tmp_path / "f" / "sub" / "train.txt.gz")]
+    assert size_of(tmp_path / "f" / "a.jsonl") == sizes[0]
+    assert size_of(tmp_path / "f") == sizes[1]
+    assert size_of("org/name") is None
 
 
 CELLS = st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]))

@@ -8,12 +8,23 @@ from __future__ import annotations
 
 from .adapter import ALIASES, FOREIGN, MEANT_FOR, METHODS, TRAIN_PARTS, AdapterConfig, check_method, check_part
 from .common import ADVANCED, ESCAPES, Dtype, OnBadLine, Op, Overlong, TokenizerName, at_least, flag_of, words
-from .data import ChatForm, DataConfig, InspectConfig, Mask, PrepareConfig, ReadConfig, Sampling, Windows, shares_of
+from .data import (
+    MICRO_BATCH,
+    ChatForm,
+    DataConfig,
+    InspectConfig,
+    Mask,
+    PrepareConfig,
+    ReadConfig,
+    Sampling,
+    Windows,
+    shares_of,
+)
 from .train import LR, LR_STATE, TrainConfig
 from .use import ChatConfig, DemoConfig, GenerateConfig, InferenceConfig, MergeConfig, SamplingConfig
 
 __all__ = [
-    "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "TRAIN_PARTS",
+    "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "MICRO_BATCH", "TRAIN_PARTS",
     "AdapterConfig", "ChatConfig", "ChatForm", "DataConfig", "DemoConfig", "Dtype", "GenerateConfig", "InferenceConfig",
     "InspectConfig", "Mask", "MergeConfig", "OnBadLine", "Op", "Overlong", "PrepareConfig", "ReadConfig",
     "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least", "check_method",

@@ -15,6 +15,7 @@ from .common import ADVANCED, ESCAPES, OnBadLine, Overlong, TokenizerName, at_le
 Mask = Literal["auto", "all", "answers", "last", "pad", "qa", "se"]
 Sampling = Literal["pack", "pad", "get", "only"]
 Windows = Literal["tiles", "random", "prime"]
+MICRO_BATCH = {"pack": 4, "pad": 8, "get": 4, "only": 1}  # rows at once, where no number is given
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 from ..errors import ConfigError
 from .adapter import FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, method_name, read_peft_config
 from .common import ADVANCED, Op, at_least, flag_of, words
-from .data import DataConfig
+from .data import MICRO_BATCH, DataConfig
 
 LR, LR_FULL, LR_STATE = 2e-4, 2e-5, 0.1  # peak learning rates where none is given
 
@@ -64,7 +64,7 @@ class TrainConfig(DataConfig, _Run):
     patience: Annotated[int | None, ADVANCED] = None
     """Stop after so many measurements without a new best one. [never]"""
     micro_batch: int | None = None
-    """Rows computed at once. [8; with --sampling only: 1]"""
+    """Rows computed at once. [4; with --sampling pad 8, with only 1]"""
     grad_accum: int = 1
     """Micro-batches added up before a step."""
     epochs: float = 1.0
@@ -126,7 +126,7 @@ class TrainConfig(DataConfig, _Run):
         return replace(
             self,
             train_parts=self.parts() or ("none",),
-            micro_batch=self.micro_batch or (1 if self.sampling == "only" else 8),
+            micro_batch=self.micro_batch or MICRO_BATCH[self.sampling],
             lr=lr,
             lr_final=lr / 10 if self.lr_final is None else self.lr_final,
             lr_state=lr_state,

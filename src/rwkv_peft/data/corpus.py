@@ -118,18 +118,18 @@ def read_corpora(source: str, config: DataConfig, template: Template, encoder: E
     left.
     """
     if is_binidx(source):
-        yield from_binidx(open_binidx(source, encoder.tokenizer.vocab_size), encoder, config.streaming)
+        yield from_binidx(open_binidx(source, encoder.vocab_size), encoder, config.streaming)
         return
     notes: tuple[str, ...] = ()
     if Path(source).is_dir():
         found = files_of(Path(source), config.split)
         for prefix in found.pairs:
-            yield from_binidx(open_binidx(str(prefix), encoder.tokenizer.vocab_size), encoder, config.streaming)
+            yield from_binidx(open_binidx(str(prefix), encoder.vocab_size), encoder, config.streaming)
         if found.left_out:
             notes = (f"{source}: {len(found.left_out)} files of other splits left out",)
         if found.pairs and not found.files:
             return
-    items = read_items(source, config.split, config.subset, config.separator)
+    items = read_items(source, config.split, config.subset, config.separator, config.special_tokens)
     yield from_items(source, items, config, template, encoder, notes)
 
 
@@ -138,7 +138,7 @@ def from_binidx(pair: Binidx, encoder: Encoder, in_file: bool | None) -> Corpus:
     if encoder.mask in ("answers", "last"):
         raise ConfigError(f"--mask {encoder.mask}: {pair.title} is binidx, which has no answers marked; use qa")
     usable = pair.lengths > 1
-    starts, lengths, vocab_size = pair.starts[usable], pair.lengths[usable], encoder.tokenizer.vocab_size
+    starts, lengths, vocab_size = pair.starts[usable], pair.lengths[usable], encoder.vocab_size
     if not len(starts):
         raise DataError(f"{pair.title}: no document has two tokens or more; prepare it again")
     notes: tuple[str, ...] = ()
@@ -159,10 +159,11 @@ def from_items(
     source: str, items: Iterator[Item], config: DataConfig, template: Template, encoder: Encoder, notes: tuple[str, ...]
 ) -> Corpus:
     """Encode every example of a source, and put them side by side."""
-    vocab_size = encoder.tokenizer.vocab_size
+    vocab_size = encoder.vocab_size
     ids = Spool(np.uint16 if vocab_size <= 2**16 else np.int32, config.streaming)
     target = Spool(np.bool_, config.streaming)
     lengths: list[int] = []
+    begun = 0  # tokens of a document of which there is more
     skipped, first_problem = 0, ""
     record = Record() if isinstance(config, InspectConfig) else None
     for origin, examples in encoded_examples(items, config, template, encoder, record):
@@ -176,7 +177,10 @@ def from_items(
         for example in examples:
             ids.add(example.ids)
             target.add(example.target)
-            lengths.append(len(example.ids))
+            begun += len(example.ids)
+            if not example.more:
+                lengths.append(begun)
+                begun = 0
     if not lengths:
         raise NoneLeftError(f"{first_problem} (the first of {skipped} skipped examples; none is left)", record)
     array = np.array(lengths, np.int64)
@@ -187,7 +191,10 @@ def from_items(
 def encoded_examples(
     items: Iterator[Item], config: DataConfig, template: Template, encoder: Encoder, record: Record | None = None
 ) -> Iterator[tuple[str, list[Encoded] | DataError]]:
-    """Origin of each item with the examples in it, or why it has none; as many as --split can choose of."""
+    """Origin of each item with the examples in it, or why it has none; as many as --split can choose of.
+
+    A long document comes in several items; if it cannot be used, the first of them says so.
+    """
     every_turn, most = config.stop_token is not None, Split.parse(config.split).most
     count = 0
     for item in items:
@@ -195,15 +202,20 @@ def encoded_examples(
         try:
             if isinstance(item.value, DataError):
                 raise item.value
-            found = [encoder.encode(e) for e in segments_of(item.value, config.fields, template, every_turn)]
+            if isinstance(item.value, str) and (item.continues or item.more):
+                found = encoder.encode_part(item.value, item.continues, item.more)
+            else:
+                found = [encoder.encode(e) for e in segments_of(item.value, config.fields, template, every_turn)]
         except DataError as error:
+            if item.continues:
+                continue
             if record is not None:
                 record.problems.append((item.origin, str(error)))
             yield item.origin, error
             continue
         found = found[: most - count if most else None]
-        count += len(found)
-        if record is not None:
+        count += 0 if item.more else len(found)
+        if record is not None and not item.more:
             record.origins += [item.origin] * len(found)
             record.forms[form_of(item.value, config.fields)] += 1
             record.stops += [item.origin] * (encoder.stops_inside > stops)

@@ -110,23 +110,27 @@ class Dataset:
         return "; ".join(parts)
 
 
-def load_dataset(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
-    """Read, encode and fit all of `config.data`.
+def load_dataset(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None) -> Dataset:
+    """Read, encode and fit all of `config.data`, for a model of `vocab_size` ids, or one made for the tokenizer.
 
     Raises:
         ConfigError: a setting that does not fit the data or the vocabulary.
         DataError: what reading raises, that --split chooses nothing, or that no example keeps a target.
     """
-    whole = read(config, tokenizer)
+    whole = read(config, tokenizer, vocab_size)
     return fit(whole, every(whole), config.sampling)
 
 
-def load_for_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Dataset, Dataset | None]:
+def load_for_training(
+    config: TrainConfig, tokenizer: Tokenizer, vocab_size: int | None = None
+) -> tuple[Dataset, Dataset | None]:
     """What is trained on, and what the loss is measured on, if anything. Raises as `load_dataset` does."""
-    whole = read(config, tokenizer)
+    whole = read(config, tokenizer, vocab_size)
     if config.eval_data:
         other = replace(config, data=list(config.eval_data), eval_data=(), eval_fraction=0.0, split="train")
-        return fit(whole, every(whole), config.sampling), load_dataset(replace(other, sampling="pack"), tokenizer)
+        return fit(whole, every(whole), config.sampling), load_dataset(
+            replace(other, sampling="pack"), tokenizer, vocab_size
+        )
     if not config.eval_fraction:
         return fit(whole, every(whole), config.sampling), None
     held, rest = hold_out(whole, config.eval_fraction, config.seed)
@@ -134,11 +138,11 @@ def load_for_training(config: TrainConfig, tokenizer: Tokenizer) -> tuple[Datase
     return train, fit(replace(whole, shares=[], notes=[]), held)
 
 
-def read(config: DataConfig, tokenizer: Tokenizer) -> Dataset:
+def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None) -> Dataset:
     """Every example that --split chooses; their pieces are still the examples themselves."""
     split, shares = Split.parse(config.split), shares_of(config.data)
     template = find_template(config.template)
-    encoder = encoder_for(config, tokenizer, template)
+    encoder = encoder_for(config, tokenizer, template, vocab_size)
     corpora: list[Corpus] = []
     source_of: list[int] = []
     for number, (source, _) in enumerate(shares):

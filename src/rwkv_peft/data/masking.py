@@ -24,7 +24,9 @@ class Encoded:
     ids: Ids
     """(n,)"""
     target: Flags
-    """(n,); the first is never a target, because nothing comes before it."""
+    """(n,); the first of a document is never a target, because nothing comes before it."""
+    more: bool = False
+    """Whether it is a part of a document with which the next one goes on."""
 
     @property
     def inputs(self) -> int:
@@ -42,8 +44,11 @@ class Encoder:
 
     def __init__(self, tokenizer: Tokenizer, mask: Mask, stop: int, marks: tuple[str, str] = ("", "")) -> None:
         self.tokenizer, self.mask, self.stop = tokenizer, mask, stop
+        self.vocab_size = tokenizer.vocab_size
+        """Of the model: every id is below it."""
         self.marks = marks
         self._mark_ids = [np.array(tokenizer.encode(mark), np.int64) for mark in marks]
+        self._waiting: list[Ids] = []
         self.unmarked = 0
         """Examples without the mark of what is trained on, which are trained on whole, as in the original."""
         self.stops_inside = 0
@@ -56,8 +61,8 @@ class Encoder:
         token 0. Raises DataError (without the origin, which the caller knows) if nothing is to be learnt.
         """
         is_text = len(segments) == 1
-        if is_text and self.mask in ("answers", "last"):
-            raise DataError(f"plain text has no answers: not with --mask {self.mask}; choose auto or all")
+        if is_text:
+            self._check_text()
         stop = self.tokenizer.end_token if is_text else self.stop
         learnt = [segment.target for segment in segments]
         if self.mask == "last":
@@ -77,6 +82,29 @@ class Encoder:
             raise DataError("no answer tokens: nothing in the example is to be learnt; give it an answer")
         array = np.array(ids, np.int32)
         return Encoded(array, self.targets(array, np.array(target, np.bool_)))
+
+    def encode_part(self, text: str, continues: bool, more: bool) -> list[Encoded]:
+        """Encode a part of a plain text, where it `continues` the one before, and where there is `more` of it.
+
+        What can only be told of the whole comes with its last part, and for the others there is nothing. Raises
+        DataError as `encode` does.
+        """
+        self._check_text()
+        ids = np.array(self.tokenizer.encode(text) + [self.tokenizer.end_token] * (not more), np.int32)
+        if self.mask not in ("qa", "se"):
+            target = np.ones(len(ids), np.bool_)
+            target[0] = continues
+            return [Encoded(ids, target, more)]
+        self._waiting.append(ids)
+        if more:
+            return []
+        ids = np.concatenate(self._waiting)
+        self._waiting.clear()
+        return [Encoded(ids, self.targets(ids, np.zeros(len(ids), np.bool_)))]
+
+    def _check_text(self) -> None:
+        if self.mask in ("answers", "last"):
+            raise DataError(f"plain text has no answers: not with --mask {self.mask}; choose auto or all")
 
     def notes(self) -> list[str]:
         """What should be told of what was encoded."""
@@ -123,8 +151,13 @@ def starts_of(ids: Ids, mark: Ids) -> Flags:
     return found
 
 
-def encoder_for(config: DataConfig, tokenizer: Tokenizer, template: Template) -> Encoder:
-    """The encoder that the settings ask for. Raises ConfigError if the stop token is none of the vocabulary."""
+def encoder_for(config: DataConfig, tokenizer: Tokenizer, template: Template, vocab_size: int | None = None) -> Encoder:
+    """The encoder that the settings ask for, for a model of `vocab_size` ids, or one made for the tokenizer.
+
+    Raises ConfigError if the stop token is none of the vocabulary.
+    """
     stop = config.stop_token if config.stop_token is not None else template.stop
     stop_id = tokenizer.end_token if stop is None else tokenizer.stop_id(stop)
-    return Encoder(tokenizer, config.mask, stop_id, config.marks())
+    encoder = Encoder(tokenizer, config.mask, stop_id, config.marks())
+    encoder.vocab_size = vocab_size or tokenizer.vocab_size
+    return encoder

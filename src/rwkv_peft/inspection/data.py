@@ -11,7 +11,7 @@ from itertools import chain
 import numpy as np
 import numpy.typing as npt
 
-from ..config import InspectConfig
+from ..config import MICRO_BATCH, InspectConfig
 from ..data.corpus import Corpus, Record
 from ..data.dataset import DEEDS, Dataset, count_targets, load_dataset, plural
 from ..data.masking import Encoder, encoder_for
@@ -26,7 +26,6 @@ Row = tuple[str, str]
 
 MOST_REASONS = 5
 STOPS = "hold the stop token"  # in the note of the encoder, which does not say where
-MICRO_BATCH = 8
 EMPTY = re.compile("no answer tokens(?!: no message is by)")  # in messages of items that have an empty answer
 # What differs between messages of one kind: quoted texts and numbers
 DETAILS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|0x[0-9a-f]+|\d+")
@@ -65,7 +64,7 @@ def view_of(config: InspectConfig, tokenizer: Tokenizer) -> View:
     Raises ConfigError and DataError, which is a NoneLeftError where no example of a source can be used.
     """
     data = load_dataset(config, tokenizer)
-    rows = 1 if config.sampling == "only" else MICRO_BATCH
+    rows = MICRO_BATCH[config.sampling]
     sampler = Sampler(data, config.sampling, rows, windows=config.windows, pad_side=config.pad_side)
     return View(config, tokenizer, encoder_for(config, tokenizer, find_template(config.template)), data, sampler)
 

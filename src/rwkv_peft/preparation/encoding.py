@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import numpy as np
@@ -12,13 +13,12 @@ import numpy.typing as npt
 
 from ..config import OnBadLine, PrepareConfig
 from ..data.examples import segments_of
-from ..data.sources import Item
-from ..data.sources.formats import Value
+from ..data.sources import Item, Piece, items_of
 from ..data.templates import find_template
 from ..data.tokenizer import BYTE_VOCAB_SIZES, WORLD_VOCAB_SIZE, Tokenizer
 from ..errors import DataError
 
-BLOCK = 4 << 20  # characters of the items that go to a process at once
+BLOCK = 4 << 20  # characters or bytes of the pieces that go to a process at once
 ITEM = 64  # what an item takes besides its characters
 
 
@@ -54,10 +54,10 @@ class Recipe:
 
 @dataclass(frozen=True)
 class Counts:
-    """What became of items."""
+    """What became of pieces of the sources."""
 
-    items: int = 0
-    """Lines or rows read."""
+    pieces: int = 0
+    """Those that are done."""
     bytes: int = 0
     """Of text, as UTF-8."""
     skipped: int = 0
@@ -70,7 +70,7 @@ class Counts:
     def plus(self, after: Counts) -> Counts:
         """These, and what comes after them."""
         return Counts(
-            items=self.items + after.items,
+            pieces=self.pieces + after.pieces,
             bytes=self.bytes + after.bytes,
             skipped=self.skipped + after.skipped,
             problem=self.problem or after.problem,
@@ -80,17 +80,17 @@ class Counts:
 
 @dataclass
 class Block:
-    """Documents that come one after the other."""
+    """Documents that come one after the other; the first may be the end of one, and the beginning of one may follow."""
 
     ids: npt.NDArray[np.uint16]
     """(N,) side by side."""
     sizes: npt.NDArray[np.int32]
-    """(n,) tokens of each."""
+    """(n,) tokens of each; what of the ids is behind them is of a document that goes on in the next block."""
     counts: Counts
 
 
 class BlockEncoder:
-    """Items to blocks of documents."""
+    """Pieces of sources to blocks of documents."""
 
     def __init__(self, recipe: Recipe) -> None:
         """Raises ConfigError if a setting cannot be honoured."""
@@ -100,52 +100,68 @@ class BlockEncoder:
         stop = self.template.stop if recipe.stop_token is None else recipe.stop_token
         self.stop = self.tokenizer.end_token if stop is None else self.tokenizer.stop_id(stop)
 
-    def __call__(self, items: list[Item]) -> Block:
-        """The documents of `items`. Where a bad one must not be skipped, it is the last that is counted."""
+    def __call__(self, pieces: list[Piece]) -> Block:
+        """The documents of `pieces`. Where a bad item must not be skipped, it is the last that is looked at."""
         ids, sizes = array("H"), array("i")
-        counts = Counts()
-        for item in items:
+        counts = Counts(len(pieces))
+        for item in chain.from_iterable(map(items_of, pieces)):
             before, documents = len(ids), len(sizes)
             try:
-                counts = counts.plus(self._add(item.value, ids, sizes))
+                counts = counts.plus(self._add(item, ids, sizes))
             except DataError as error:
                 del ids[before:], sizes[documents:]
-                counts = counts.plus(Counts(items=1, skipped=1, problem=f"{item.origin}: {error}"))
+                counts = counts.plus(Counts(skipped=1, problem=f"{item.origin}: {error}"))
                 if self.recipe.on_bad_line == "stop":
                     break
         return Block(np.array(ids, np.uint16), np.array(sizes, np.int32), counts)
 
-    def _add(self, value: Value, ids: array[int], sizes: array[int]) -> Counts:
+    def _add(self, item: Item, ids: array[int], sizes: array[int]) -> Counts:
         """Add the documents of one item, each ending with the stop token or with token 0, as in training.
 
         Each segment is encoded by itself; a single one is plain text, which ends with token 0.
         """
-        if isinstance(value, DataError):
-            raise value
+        if isinstance(item.value, DataError):
+            raise item.value
+        if isinstance(item.value, str) and (item.continues or item.more):
+            return self._add_part(item.value, item.more, ids, sizes)
         end = self.tokenizer.end_token
         size = stops_inside = 0
-        for segments in segments_of(value, self.recipe.fields, self.template, self.recipe.stop_token is not None):
+        for segments in segments_of(item.value, self.recipe.fields, self.template, self.recipe.stop_token is not None):
             start = len(ids)
             stop = end if len(segments) == 1 else self.stop
             for segment in segments:
                 begin = len(ids)
-                for stretch in self.tokenizer.stretches(segment.text):
-                    ids.fromlist(self.tokenizer.encode(stretch))
-                    size += len(stretch) if stretch.isascii() else len(stretch.encode())
+                size += self._add_text(segment.text, ids)
                 stops_inside += stop != end and stop in ids[begin:]
                 ids.extend([stop] * segment.ends)
             ids.extend([end] * (not segments[-1].ends))
             sizes.append(len(ids) - start)
-        return Counts(items=1, bytes=size, stops_inside=stops_inside)
+        return Counts(bytes=size, stops_inside=stops_inside)
+
+    def _add_part(self, text: str, more: bool, ids: array[int], sizes: array[int]) -> Counts:
+        """Add a part of a plain text, of which there may be `more`."""
+        size = self._add_text(text, ids)
+        if not more:
+            ids.append(self.tokenizer.end_token)
+            sizes.append(len(ids) - sum(sizes))
+        return Counts(bytes=size)
+
+    def _add_text(self, text: str, ids: array[int]) -> int:
+        """Add the tokens of a text; returns its bytes."""
+        size = 0
+        for stretch in self.tokenizer.stretches(text):
+            ids.fromlist(self.tokenizer.encode(stretch))
+            size += len(stretch) if stretch.isascii() else len(stretch.encode())
+        return size
 
 
-def blocks_of(items: Iterable[Item]) -> Iterator[list[Item]]:
-    """Lists of items of about as many characters, so that memory does not grow with the source."""
-    block: list[Item] = []
+def blocks_of(pieces: Iterable[Piece]) -> Iterator[list[Piece]]:
+    """Lists of pieces of about as many characters, so that memory does not grow with the source."""
+    block: list[Piece] = []
     size = 0
-    for item in items:
-        block.append(item)
-        size += ITEM + _characters(item.value)
+    for piece in pieces:
+        block.append(piece)
+        size += ITEM + (_characters(piece.value) if isinstance(piece, Item) else len(piece.lines.data))
         if size >= BLOCK:
             yield block
             block, size = [], 0

@@ -4,21 +4,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from ..config import PrepareConfig
 from ..data.binidx import BinidxWriter
 from ..data.sources import Split, fingerprint
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from ..files import output_errors, write_text
 from .encoding import Block, Counts, Recipe
 
+ID_BYTES = 2
+MOST_TOKENS = 2**31 - 1  # of a document, in the format
 SAVED_EVERY = 2.0  # seconds
-FORMAT = 1  # of state.json and what it means
+FORMAT = 2  # of state.json and what it means
 
 
 @dataclass(frozen=True)
@@ -29,9 +34,18 @@ class State:
     """All that decides the tokens, see `settings_of`."""
     documents: int
     tokens: int
+    """Of the documents, and of one of which there is more."""
     counts: Counts
+    begun: int = 0
+    """Tokens of the document of which there is more."""
     is_whole: bool = False
-    """Whether every item is done, and only the pair is to be put in its place."""
+    """Whether all is done, and only the pair is to be put in its place."""
+    most: int | None = None
+    """If that is because --split needs no more than so many documents: how many."""
+
+    def is_enough(self, most: int | None) -> bool:
+        """Whether it can be gone on from where --split needs `most` documents, or all if that is None."""
+        return self.most is None or (most is not None and most <= self.documents)
 
 
 def settings_of(config: PrepareConfig, recipe: Recipe, stop: int) -> dict[str, Any]:
@@ -62,15 +76,17 @@ def find_state(config: PrepareConfig, prefix: str, settings: dict[str, Any]) -> 
     Raises ConfigError if there is one of others, or if the pair is there already, unless all may be overwritten.
     """
     found = _read(prefix)
+    same = found is not None and found.settings == settings and found.is_enough(Split.parse(config.split).most)
     if not config.overwrite:
         # A run that ended between its last two steps has left a .bin, and no .idx.
-        mine = found is not None and found.is_whole and found.settings == settings
+        mine = found is not None and found.is_whole and same
         for path in (Path(f"{prefix}.idx"), *([] if mine else [Path(f"{prefix}.bin")])):
             refuse_existing(path)
-    if found is not None and found.settings == settings:
+    if found is not None and same:
         return found
     if found is not None and not config.overwrite:
         changed = [name for name, value in settings.items() if found.settings and found.settings.get(name) != value]
+        changed += ["split"] * (found.settings == settings)
         raise ConfigError(
             f"--out {prefix}: {prefix}.partial is of a run with other settings or sources "
             f"({', '.join(changed) or 'its state.json cannot be read'}); remove that folder, or use --overwrite"
@@ -94,29 +110,59 @@ class Partial:
         self._saved_at = float("-inf")
 
     def add(self, block: Block) -> None:
-        """Add documents; now and then they are brought to the disk."""
-        self.writer.add(block.ids, block.sizes)
-        counts = self.state.counts.plus(block.counts)
+        """Add documents; now and then they are brought to the disk. Raises DataError if one is too long."""
+        sizes = block.sizes.astype(np.int64)
+        begun = len(block.ids) - int(sizes.sum())
+        if len(sizes):
+            sizes[0] += self.state.begun
+        else:
+            begun += self.state.begun
+        if max(int(sizes.max(initial=0)), begun) > MOST_TOKENS:
+            number = self.state.documents + int(np.argmax([*sizes, begun])) + 1
+            raise DataError(
+                f"document {number:,} has more than {MOST_TOKENS:,} tokens, which binidx cannot hold; "
+                "name what is between two documents with --separator, or split the file"
+            )
+        self.writer.add(block.ids, sizes)
+        state = self.state
         # One assignment: wherever a signal ends the run, the state is that of one place in the sources.
-        self.state = replace(self.state, documents=self.writer.documents, tokens=self.writer.tokens, counts=counts)
+        self.state = replace(
+            state,
+            documents=self.writer.documents,
+            tokens=self.writer.tokens,
+            counts=state.counts.plus(block.counts),
+            begun=begun,
+        )
         if time.monotonic() - self._saved_at >= SAVED_EVERY:
             self.save()
 
-    def save(self, is_whole: bool = False) -> None:
+    def finish(self, most: int | None) -> None:
+        """Save that all is done; of a document that was begun, nothing is wanted. See `State` for `most`."""
+        tokens = self.state.tokens - self.state.begun
+        self.state = replace(self.state, tokens=tokens, begun=0, is_whole=True, most=most)
+        self.save()
+
+    def save(self) -> None:
         """Bring everything to the disk, and then the state."""
         self.writer.flush()
-        self.state = replace(self.state, is_whole=is_whole)
         write_text(_file(self.prefix), json.dumps(asdict(self.state)))
         self._saved_at = time.monotonic()
 
     def keep(self) -> bool:
         """Save what is done; if that is nothing, the folder is removed. Returns whether there is something."""
-        if self.state.documents:
+        if self.state.tokens:
             self.save()
             return True
         self.writer.close()
         remove(self.prefix)
         return False
+
+
+def cut_off(prefix: str, tokens: int) -> None:
+    """Remove what was written behind so many tokens, unless all are in their place already. Raises OutputError."""
+    path = Path(f"{prefix}.partial", "ids")
+    with output_errors(path), suppress(FileNotFoundError):
+        os.truncate(path, tokens * ID_BYTES)
 
 
 def remove(prefix: str) -> None:

@@ -9,26 +9,27 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from ..config import PrepareConfig, shares_of
 from ..data.binidx import is_binidx, magic_prime, prefix_of, put_in_place
-from ..data.sources import Item, Split, files_of, read_items
+from ..data.sources import Piece, Split, files_of, read_pieces, size_of
 from ..errors import ConfigError, DataError
 from .encoding import Block, BlockEncoder, Counts, Recipe, blocks_of
-from .resume import Partial, State, find_state, refuse_existing, remove, settings_of
+from .lock import locked
+from .progress import MB, progress_bar
+from .resume import Partial, State, cut_off, find_state, refuse_existing, remove, settings_of
 from .to_text import TEXT_SUFFIXES, write_back
 from .workers import Workers
 
 SMALL = 2  # blocks that are not worth other processes
-MB = 1e6
 
 
 def prepare(config: PrepareConfig, console: Console | None = None) -> None:
@@ -39,7 +40,8 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> None:
     says what was written, and another what RWKV-LM wants to know of it.
 
     Raises:
-        ConfigError: a setting that cannot be honoured, the output is there, or PREFIX.partial is another run's.
+        ConfigError: a setting that cannot be honoured, the output is there, PREFIX.partial is another run's, or
+            another command is at work in it.
         DataError: a source that cannot be read, or an item that cannot be used (unless they are skipped).
         OutputError: what cannot be written.
     """
@@ -57,17 +59,22 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> None:
     elif pairs:
         raise ConfigError(f"--data {pairs[0]}: is tokens already; to get its text, let --out end in .jsonl or .txt")
     else:
-        _to_tokens(config, prefix_of(str(config.out)), console)
+        prefix = prefix_of(str(config.out))
+        encoder = BlockEncoder(Recipe.of(config))
+        notes = [note for source in config.data for note in _left_out(source, config.split)]
+        settings = settings_of(config, encoder.recipe, encoder.stop)
+        with locked(prefix) as note:
+            notes += [note] * bool(note)
+            _to_tokens(config, find_state(config, prefix, settings), prefix, encoder, notes, console)
 
 
-def _to_tokens(config: PrepareConfig, prefix: str, console: Console) -> None:
+def _to_tokens(
+    config: PrepareConfig, before: State, prefix: str, encoder: BlockEncoder, notes: list[str], console: Console
+) -> None:
     """Text to a pair; what an earlier run has done is not done again."""
-    recipe, split = Recipe.of(config), Split.parse(config.split)
-    encoder = BlockEncoder(recipe)
-    notes = [note for source in config.data for note in _left_out(source, config.split)]
-    before = find_state(config, prefix, settings_of(config, recipe, encoder.stop))
-    if before.documents:
-        _say(console, f"{prefix}.partial: going on after {before.documents:,} documents")
+    split = Split.parse(config.split)
+    if before.tokens:
+        _say(console, f"{prefix}.partial: going on after {_done(before)}")
     began = time.monotonic()
     state = before if before.is_whole else _encode(config, prefix, before, encoder, console)
     seconds = time.monotonic() - began
@@ -77,6 +84,7 @@ def _to_tokens(config: PrepareConfig, prefix: str, console: Console) -> None:
     first, last, _ = split.of(state.documents).indices(state.documents)
     if first >= last:
         raise DataError(f"--split {config.split}: none of the {state.documents:,} documents; choose a wider one")
+    cut_off(prefix, state.tokens)
     tokens = put_in_place(prefix, first, last)
     remove(prefix)
     chosen = f"{last - first:,}" + (f" of {state.documents:,}" if last - first < state.documents else "")
@@ -90,44 +98,75 @@ def _to_tokens(config: PrepareConfig, prefix: str, console: Console) -> None:
 
 
 def _encode(config: PrepareConfig, prefix: str, before: State, encoder: BlockEncoder, console: Console) -> State:
-    """Encode every item behind `before`, or until --split has enough; returns the state at the end."""
+    """Encode every piece behind `before`, or until --split has enough; returns the state at the end."""
     if before.counts.skipped and config.on_bad_line == "stop":
         raise DataError(before.counts.problem)
     most = Split.parse(config.split).most
-    sources = (read_items(source, config.split, config.subset, config.separator) for source in config.data)
-    items = islice(chain.from_iterable(sources), before.counts.items, None)
-    with _results(config.jobs, encoder, items) as blocks, _partial(prefix, before) as done, _bar(console) as show:
+    reading = Reading(config, before.counts.pieces)
+    with (
+        _results(config.jobs, encoder, reading.blocks()) as blocks,
+        _partial(prefix, before) as done,
+        progress_bar(console, reading.total) as show,
+    ):
         try:
             for block in blocks:
                 if block.counts.problem and config.on_bad_line == "stop":
                     raise DataError(block.counts.problem)
                 done.add(block)
-                show(done.state)
+                show(done.state, reading.places.popleft())
                 if most is not None and done.state.documents >= most:
-                    break
-            done.save(is_whole=True)
+                    done.finish(most)
+                    return done.state
+            done.finish(None)
         except (KeyboardInterrupt, ConfigError, DataError):
             if done.keep():
                 _say(
                     console,
-                    f"{prefix}.partial: keeps {done.state.documents:,} documents; the same command goes on after them, "
+                    f"{prefix}.partial: keeps {_done(done.state)}; the same command goes on after them, "
                     "unless a source changes: then add --overwrite",
                 )
             raise
     return done.state
 
 
+class Reading:
+    """The sources, read in blocks of pieces."""
+
+    def __init__(self, config: PrepareConfig, skipped: int) -> None:
+        """The first pieces, so many, are left away. Raises what `size_of` does."""
+        self.config, self.skipped = config, skipped
+        sizes = [size_of(source, config.split) for source in config.data]
+        self.total = None if None in sizes else sum(size or 0 for size in sizes)
+        """Bytes of all files, where they are known."""
+        self.read = 0
+        """Of these."""
+        self.places: deque[int] = deque()
+        """How many were read at the end of each block."""
+
+    def blocks(self) -> Iterator[list[Piece]]:
+        """The blocks. Raises what `read_pieces` does."""
+        of = self.config
+        pieces = chain.from_iterable(
+            read_pieces(source, of.split, of.subset, of.separator, of.special_tokens, self._watch) for source in of.data
+        )
+        for block in blocks_of(islice(pieces, self.skipped, None)):
+            self.places.append(self.read)
+            yield block
+
+    def _watch(self, size: int) -> None:
+        self.read += size
+
+
 @contextmanager
-def _results(jobs: int | None, encoder: BlockEncoder, items: Iterator[Item]) -> Iterator[Iterator[Block]]:
-    """The blocks of `items`, in their order: from other processes if there are many items."""
-    blocks = blocks_of(items)
+def _results(jobs: int | None, encoder: BlockEncoder, blocks: Iterator[list[Piece]]) -> Iterator[Iterator[Block]]:
+    """What becomes of the blocks, in their order: in other processes if there are many."""
     first = list(islice(blocks, SMALL))
     blocks = chain(first, blocks)
     jobs = jobs or _cores()
     if jobs == 1 or len(first) < SMALL:
         yield map(encoder, blocks)
         return
-    workers: Workers[list[Item], Block] = Workers(jobs, partial(BlockEncoder, encoder.recipe))
+    workers: Workers[list[Piece], Block] = Workers(jobs, partial(BlockEncoder, encoder.recipe))
     try:
         yield workers.map(blocks)
     finally:
@@ -143,25 +182,6 @@ def _partial(prefix: str, state: State) -> Iterator[Partial]:
         done.writer.close()
 
 
-@contextmanager
-def _bar(console: Console) -> Iterator[Callable[[State], None]]:
-    """What shows how far a run has come: in a terminal only."""
-    columns = BarColumn(bar_width=24), TextColumn("{task.fields[shown]}"), TimeElapsedColumn()
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
-        task = progress.add_task("prepare", total=None, shown="")
-        began, before = time.monotonic(), -1
-
-        def show(state: State) -> None:
-            nonlocal began, before
-            size = state.counts.bytes
-            if before < 0:  # from the first block on: processes take a while to start
-                began, before = time.monotonic(), size
-            rate = (size - before) / MB / max(time.monotonic() - began, 1e-9)
-            progress.update(task, shown=f"{state.documents:,} documents, {size / MB:,.0f} MB, {rate:.1f} MB/s")
-
-        yield show
-
-
 def _left_out(source: str, split: str) -> Iterator[str]:
     """What should be told of a folder. Raises ConfigError if it holds binidx pairs, which are tokens already."""
     if not Path(source).is_dir():
@@ -171,6 +191,11 @@ def _left_out(source: str, split: str) -> Iterator[str]:
         raise ConfigError(f"--data {source}: holds tokens already, {found.pairs[0]}.bin; name the files of text in it")
     if found.left_out:
         yield f"{source}: {len(found.left_out)} files of other splits left out"
+
+
+def _done(state: State) -> str:
+    """What an unfinished run has done."""
+    return f"{state.documents:,} documents" + " and a part of the next one" * bool(state.begun)
 
 
 def _told(counts: Counts) -> Iterator[str]:

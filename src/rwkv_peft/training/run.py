@@ -18,11 +18,12 @@ from ..adapters import SavedAdapter, attach_adapter, attach_saved, follow, read_
 from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
-from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of
+from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of, shares_of
+from ..data.binidx import is_binidx
 from ..data.dataset import Dataset, load_for_training
 from ..data.sampling import Sampler
 from ..data.templates import find_template
-from ..data.tokenizer import tokenizer_for
+from ..data.tokenizer import Tokenizer, tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
@@ -67,9 +68,9 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     out = config.out
     check_out(out)
     check_optimizer(config.optim, find_device(config.device))
-    sizes = read_sizes(config.model)
-    tokenizer = tokenizer_for(config.tokenizer, sizes.vocab_size).with_special(config.special_tokens, sizes.vocab_size)
-    data, held = load_for_training(config, tokenizer)
+    vocab_size = read_sizes(config.model).vocab_size
+    tokenizer = tokenizer_for_data(config, vocab_size).with_special(config.special_tokens, vocab_size)
+    data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
     model = load_model(config.model, config.precision, config.device, config.op)
@@ -171,6 +172,17 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
     }
     write_tensors(out / "model.pth", base | trained)
     return out / "model.pth"
+
+
+def tokenizer_for_data(config: TrainConfig, vocab_size: int) -> Tokenizer:
+    """The tokenizer of a run. Data that are tokens already need none, whatever the vocabulary is."""
+    try:
+        return tokenizer_for(config.tokenizer, vocab_size)
+    except ConfigError:
+        sources = [source for data in (config.data, list(config.eval_data)) for source, _ in shares_of(data)]
+        if config.tokenizer == "auto" and config.mask not in ("qa", "se") and all(map(is_binidx, sources)):
+            return Tokenizer.byte()  # which encodes nothing here
+        raise
 
 
 def form_of(config: TrainConfig) -> ChatForm:

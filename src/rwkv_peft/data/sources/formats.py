@@ -1,8 +1,9 @@
-"""Text files to values: JSON lines, JSON, CSV and plain text, read in pieces.
+"""Structured files to values: JSON lines, JSON and CSV, read in pieces.
 
 Each reader takes the bytes of a file in blocks and yields (place, value): where in the file, as it is put behind the
-file's name (`:12`, `: item 3`, `: row 7`), and an object, a text, or the `DataError` that says why there is none.
-Errors that end the reading are raised as `DataError`; none has the file's name, which the caller knows.
+file's name (`:12`, `: item 3`, `: row 7`), and an object, a text, or the `DataError` that says why there is none; or
+else much at once, as `Part` or `Lines`. Errors that end the reading are raised as `DataError`; none has the file's
+name, which the caller knows.
 """
 
 from __future__ import annotations
@@ -12,26 +13,62 @@ import csv
 import json
 import re
 from collections.abc import Iterator
+from dataclasses import dataclass
 from itertools import chain
 from typing import Any
 
 from ...errors import DataError
-from .streams import LONGEST, DamagedError, lines_of
+from .streams import LONGEST, DamagedError, line_blocks, lines_of, numbered
 
 Value = dict[str, Any] | str | DataError
-Found = Iterator[tuple[str, Value]]
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A part of a document that is too long to be in memory as a whole."""
+
+    text: str
+    continues: bool
+    """Whether it goes on with the part before."""
+    more: bool
+    """Whether another part goes on with it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Whole lines of a file of JSON lines, not parsed yet."""
+
+    first: int
+    """The number of the first, from 1."""
+    data: bytes
+
+    def objects(self) -> Iterator[tuple[str, Value]]:
+        """Place of each line that is not blank, and its object or what is wrong with it."""
+        for number, raw in numbered(self.first, self.data):
+            if line := raw.rstrip():
+                yield f":{number}", _object(line)
+
+
+Found = Iterator[tuple[str, Value | Part | Lines]]
 
 JSON_TYPES = {dict: "an object", list: "a list", str: "a string", bool: "true/false", type(None): "null"}
 JSON_BLANKS = re.compile(r"[ \t\r\n]*")
 
 
-def json_lines(blocks: Iterator[bytes]) -> Found:
+def json_lines(blocks: Iterator[bytes]) -> Iterator[tuple[str, Value]]:
     """One JSON object a line; blank lines are ignored."""
+    for _, lines in unparsed_lines(blocks):
+        yield from lines.objects()
+
+
+def unparsed_lines(blocks: Iterator[bytes]) -> Iterator[tuple[str, Lines]]:
+    """The same as blocks of lines, whose place is that of the last of them."""
     found = False
-    for number, raw in lines_of(blocks):
-        if line := raw.rstrip():
+    for number, data in line_blocks(blocks):
+        if not data.isspace():
             found = True
-            yield f":{number}", _object(line)
+            last = number + data.rstrip().count(b"\n")
+            yield f":{last}", Lines(number, data)
     if not found:
         raise DataError("has no lines that are not blank; write one JSON object a line")
 
@@ -272,42 +309,3 @@ class _CsvLines(Iterator[str]):
         """What was wrong with the lines since the last call."""
         problem, self._problem = self._problem, None
         return problem
-
-
-def text_file(blocks: Iterator[bytes], separator: str) -> Found:
-    """The documents between two separators, or without one the whole file as one document; blank ones are ignored.
-
-    A line ends in a line feed, whether or not the file has a carriage return before it.
-    """
-    found = False
-    for number, raw in enumerate(_documents(blocks, separator.replace("\r\n", "\n").encode()), 1):
-        if raw.strip():
-            found = True
-            yield f": document {number}" if separator else "", _text(raw)
-    if not found:
-        raise DataError("is empty or blank; write text into it")
-
-
-def _documents(blocks: Iterator[bytes], separator: bytes) -> Iterator[bytes]:
-    kept, pieces, size = b"", [], 0
-    for block in chain(blocks, [b""]):
-        pieces.append(block)
-        size += len(block)
-        # Searching again only what has at least doubled keeps the work linear in the length of a document.
-        if not block or (separator and size > len(kept)):
-            text = (kept + b"".join(pieces)).replace(b"\r\n", b"\n")
-            *documents, kept = text.split(separator) if separator else [text]
-            yield from documents
-            pieces, size = [], 0
-    yield kept
-
-
-def _text(raw: bytes) -> str | DataError:
-    try:
-        return raw.decode()
-    except UnicodeDecodeError as error:
-        before = raw[: error.start]
-        line, byte = before.count(b"\n") + 1, error.start - before.rfind(b"\n")
-        return DataError(
-            f"not UTF-8 (byte 0x{raw[error.start]:02x} at line {line} byte {byte}); save the file as UTF-8"
-        )

@@ -6,14 +6,16 @@ import json
 import re
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
+
+import numpy as np
 
 from ...errors import ConfigError, DataError
 from ...packages import optional
 from .formats import Found
-from .streams import PACKERS, DamagedError, blocks_of
+from .streams import PACKERS, DamagedError, Watch, blocks_of
 
 NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 BATCH = 1 << 24  # bytes of rows that are made Python objects at once
@@ -47,41 +49,52 @@ SAID = {
 }
 
 
-def parquet_rows(path: Path) -> Found:
-    """The rows of a Parquet file, a batch in memory at a time.
+def parquet_rows(path: Path, watch: Watch | None = None) -> Found:
+    """The rows of a Parquet file, a batch in memory at a time; `watch` hears of the bytes of the file behind them.
 
     Raises:
         DataError: it is none, or damaged; without its name.
     """
     if path.suffix.lower() not in PACKERS:
         with path.open("rb") as file:
-            yield from _parquet(file, path)
+            yield from _parquet(file, path, watch)
         return
     with tempfile.TemporaryFile() as unpacked:  # Parquet is read from its end
-        for block in blocks_of(path):
+        for block in blocks_of(path, watch):
             unpacked.write(block)
-        yield from _parquet(unpacked, path)
+        yield from _parquet(unpacked, path, None)
 
 
-def _parquet(file: BinaryIO, path: Path) -> Found:
+def _parquet(file: BinaryIO, path: Path, watch: Watch | None) -> Found:
     parquet = optional("pyarrow.parquet", str(path))
-    number = 0
+    number = told = 0
     try:
         # Without buffers of its own, reading keeps a whole column of a row group in memory.
         table = parquet.ParquetFile(file, buffer_size=1 << 20, page_checksum_verification=True)
         _all_different(table.schema_arrow.names)
         groups = [table.metadata.row_group(index) for index in range(table.num_row_groups)]
+        behind = _bytes_behind(groups, path.stat().st_size)
         longest = max((group.total_byte_size / max(group.num_rows, 1) for group in groups), default=1)
         for batch in table.iter_batches(batch_size=max(1, min(MOST_ROWS, int(BATCH / max(longest, 1))))):
             for value in _objects(batch):
                 number += 1
                 yield f": row {number}", value
+            if watch is not None:
+                watch(behind(number) - told)
+                told = behind(number)
     except DataError:
         raise
     except Exception as error:  # Damage shows as errors of many kinds, such as those of decoding text.
         raise DamagedError(f"is no Parquet file, or a damaged one ({one_line(error)}); copy it anew") from None
     if not number:
         raise DataError("has no rows; write one example a row")
+
+
+def _bytes_behind(groups: list[Any], size: int) -> Callable[[int], int]:
+    """How much of a file of `size` bytes lies before the end of a row, by the share that each row group has of it."""
+    rows = np.cumsum([0, *(group.num_rows for group in groups)])
+    bounds = np.cumsum([0, *(group.total_byte_size for group in groups)])
+    return lambda row: int(np.interp(row, rows, bounds * (size / max(bounds[-1], 1))))
 
 
 def _all_different(names: Iterable[str]) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import codecs
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -12,17 +12,20 @@ from ...errors import DataError
 from ...packages import optional
 
 PACKERS = (".gz", ".zst")
-BLOCK = 1 << 20  # bytes of a file read at once
+BLOCK = 1 << 20  # bytes of a file, or of its whole lines, read at once
 PACKED_BLOCK = 1 << 14  # bytes of a packed file unpacked at once
 LONGEST = 1 << 28  # bytes of one line or value: what a line break, quote or bracket that is missing may cost
+
+
+Watch = Callable[[int], object]  # is told of bytes of a file as they are read
 
 
 class DamagedError(DataError):
     """The bytes themselves end or make no sense from some place on; the message is of the form `reason; remedy`."""
 
 
-def blocks_of(path: Path) -> Iterator[bytes]:
-    """The bytes of a file in blocks, unpacked if its name ends in `.gz` or `.zst`.
+def blocks_of(path: Path, watch: Watch | None = None) -> Iterator[bytes]:
+    """The bytes of a file in blocks, unpacked if its name ends in `.gz` or `.zst`; `watch` hears of those on the disk.
 
     Raises:
         DamagedError: the file cannot be unpacked or read to its end; all that comes before has been yielded.
@@ -30,28 +33,32 @@ def blocks_of(path: Path) -> Iterator[bytes]:
     """
     with path.open("rb") as file:
         if path.suffix.lower() == ".gz":
-            yield from _unpacked(file, "gzip", zlib.error, lambda: zlib.decompressobj(wbits=31))
+            packed = _read(file, PACKED_BLOCK, watch)
+            yield from _unpacked(packed, "gzip", zlib.error, lambda: zlib.decompressobj(wbits=31))
         elif path.suffix.lower() == ".zst":
             zstandard = optional("zstandard", str(path))
             # as far as `zstd --long=31` goes, which large corpora are packed with
             unpacker = zstandard.ZstdDecompressor(max_window_size=1 << 31)
-            yield from _unpacked(file, "Zstandard", zstandard.ZstdError, unpacker.decompressobj)
+            packed = _read(file, PACKED_BLOCK, watch)
+            yield from _unpacked(packed, "Zstandard", zstandard.ZstdError, unpacker.decompressobj)
         else:
-            yield from _read(file, BLOCK)
+            yield from _read(file, BLOCK, watch)
 
 
-def _read(file: BinaryIO, size: int) -> Iterator[bytes]:
+def _read(file: BinaryIO, size: int, watch: Watch | None) -> Iterator[bytes]:
     try:
         while block := file.read(size):
+            if watch is not None:
+                watch(len(block))
             yield block
     except OSError as error:
         raise DamagedError(f"cannot be read ({error.strerror or error}); copy it anew") from None
 
 
-def _unpacked(file: BinaryIO, form: str, failure: type[Exception], new: Any) -> Iterator[bytes]:
+def _unpacked(blocks: Iterator[bytes], form: str, failure: type[Exception], new: Any) -> Iterator[bytes]:
     """The members of a packed file one behind the other, each checked against the length and the sum it carries."""
     member, begun = new(), False
-    for block in _read(file, PACKED_BLOCK):
+    for block in blocks:
         packed = block
         while packed:
             if not begun and not packed.strip(b"\0"):
@@ -84,19 +91,45 @@ def text_blocks(blocks: Iterator[bytes]) -> Iterator[bytes]:
     yield from blocks
 
 
+def line_blocks(blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
+    """Whole lines, about `BLOCK` bytes of them at once, with the number, from 1, of the first.
+
+    Which lines are together does not depend on where the blocks end. Where the blocks end in damage, the whole lines
+    before it come first.
+    """
+    number, text = 1, bytearray()
+    try:
+        for block in blocks:
+            searched = max(len(text), BLOCK - 1)
+            text += block
+            while end := text.find(b"\n", searched) + 1:
+                yield number, bytes(text[:end])
+                number += text.count(b"\n", 0, end)
+                del text[:end]
+                searched = BLOCK - 1
+            if len(text) > LONGEST:
+                _refuse_long_line(number, text)
+    except DamagedError:
+        if end := text.rfind(b"\n") + 1:
+            yield number, bytes(text[:end])
+        raise
+    if text:
+        yield number, bytes(text)
+
+
+def _refuse_long_line(number: int, text: bytearray) -> None:
+    """Raise `DataError` if the last line of `text`, whose first has that number, is too long."""
+    if len(text) - text.rfind(b"\n") - 1 > LONGEST:
+        number += text.count(b"\n")
+        raise DataError(f"line {number} has more than {LONGEST:,} bytes; write one example a line")
+
+
 def lines_of(blocks: Iterator[bytes]) -> Iterator[tuple[int, bytes]]:
     """Number, from 1, and bytes of each line, without its line feed."""
-    number, parts, length = 0, [], 0
-    for block in blocks:
-        first, *others = block.split(b"\n")
-        parts.append(first)
-        length += len(first)
-        if length > LONGEST:
-            raise DataError(f"line {number + 1} has more than {LONGEST:,} bytes; write one example a line")
-        if others:
-            yield number + 1, b"".join(parts)
-            yield from enumerate(others[:-1], number + 2)
-            number += len(others)
-            parts, length = [others[-1]], len(others[-1])
-    if length:
-        yield number + 1, b"".join(parts)
+    for first, text in line_blocks(blocks):
+        yield from numbered(first, text)
+
+
+def numbered(first: int, text: bytes) -> Iterator[tuple[int, bytes]]:
+    """The lines of `text` and their numbers, the first of which is given."""
+    return enumerate(text.removesuffix(b"\n").split(b"\n"), first)
