@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from rwkv_peft.config import InspectConfig, Overlong, TrainConfig
 from rwkv_peft.data.batches import Batch, beside, padded
 from rwkv_peft.data.corpus import Corpus, Spool
-from rwkv_peft.data.dataset import Dataset, Windows, fit, hold_out, load_dataset, load_for_training
+from rwkv_peft.data.dataset import Dataset, Windows, count_between, fit, hold_out, load_dataset, load_for_training
 from rwkv_peft.data.epochs import prime_order, take
 from rwkv_peft.data.masking import Encoded
 from rwkv_peft.data.packing import best_fit
@@ -166,6 +166,19 @@ def test_targets_are_counted_as_they_are_drawn(data: st.DataObject, ctx_len: int
     data_ = dataset_of([[i + 1] * len(mask) for i, mask in enumerate(drawn)], [[False, *m[1:]] for m in drawn], ctx_len)
     assert data_.target_tokens == sum(sum(mask[1:]) for mask in drawn)
     assert data_.target_tokens == sum(data_.piece(i).targets for i in range(len(data_.pieces)))
+
+
+@given(data=st.data(), at_once=st.sampled_from([1, 5, 20, 10**6]))
+def test_counting_between(data: st.DataObject, at_once: int) -> None:
+    flags = np.array(data.draw(st.lists(st.booleans(), min_size=1, max_size=60)))
+    edges = sorted(
+        data.draw(st.sets(st.integers(0, len(flags)), min_size=2, max_size=20)) if len(flags) > 1 else [0, 1]
+    )
+    begin, end = np.array(edges[:-1]), np.array(edges[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("rwkv_peft.data.dataset.COUNTED_AT_ONCE", at_once)
+        got = count_between(flags, begin, end)
+    assert got.tolist() == [int(flags[a:b].sum()) for a, b in zip(begin, end, strict=True)]
 
 
 # --- epochs and steps

@@ -10,13 +10,14 @@ import numpy.typing as npt
 from ..config import DataConfig, Overlong, Sampling, TrainConfig, shares_of
 from ..errors import ConfigError, DataError
 from .corpus import Corpus, read_corpora
-from .masking import Encoded, encoder_for
+from .masking import Encoded, Flags, encoder_for
 from .sources import Split
 from .templates import find_template
 from .tokenizer import Tokenizer
 
 Integers = npt.NDArray[np.int64]
 HELD_OUT = 0x6865  # begins a seed of its own, so that what is held out has nothing to do with the order of training
+COUNTED_AT_ONCE = 2**20  # tokens
 DEEDS = {"split": "split into rows", "truncate": "truncated", "drop": "dropped"}
 
 
@@ -233,11 +234,28 @@ def count_targets(corpora: list[Corpus], windows: Windows) -> Integers:
         if corpus.target is not None:
             mine = np.flatnonzero(windows.corpus == number)
             begin = windows.start[mine] + 1
-            bounds = np.stack((begin, begin + windows.inputs[mine]), 1).ravel()
-            if len(bounds) and bounds[-1] == len(corpus.target):
-                bounds = bounds[:-1]  # reduceat sums up to the end by itself, and takes no index of it
-            result[mine] = np.add.reduceat(corpus.target.view(np.uint8), bounds, dtype=np.int64)[::2]
+            result[mine] = count_between(corpus.target, begin, begin + windows.inputs[mine])
     return result
+
+
+def count_between(flags: Flags, begin: Integers, end: Integers) -> Integers:
+    """(n,) how many of `flags` are set in each stretch; the stretches rise and are not empty.
+
+    Stretches that lie near each other are counted at once, long ones alone: memory does not grow with them.
+    """
+    counts = np.empty(len(begin), np.int64)
+    at = 0
+    while at < len(begin):
+        stop = max(at + 1, int(np.searchsorted(end, begin[at] + COUNTED_AT_ONCE, "right")))
+        near = flags[begin[at] : end[stop - 1]]
+        if stop == at + 1:
+            counts[at] = np.count_nonzero(near)
+        else:
+            bounds = np.stack((begin[at:stop], end[at:stop]), 1).ravel() - begin[at]
+            # without the last one, up to which reduceat sums by itself
+            counts[at:stop] = np.add.reduceat(near, bounds[:-1], dtype=np.int64)[::2]
+        at = stop
+    return counts
 
 
 def plural(number: int, noun: str) -> str:
