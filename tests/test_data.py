@@ -130,6 +130,17 @@ BAD: dict[str, tuple[Callable[[Path], list[str]], str]] = {
         lambda d: [str(write(d, {"text": "a"})), "--mask", "answers"], r"d\.jsonl:1: plain text has no answers"
     ),
     "answers of binidx": (lambda d: [str(binidx(d, [[1, 2]])), "--mask", "last"], "--mask last: .*pair is binidx"),
+    "an empty name": (lambda d: [""], "--data: one name is empty"),
+    "a split of a pair": (lambda d: [str(binidx(d, [[1, 2]])), "--split", "test"], "--split test: .*has no splits"),
+    "a row too long": (
+        lambda d: [str(write(d, {"text": "a"})), "--ctx-len", str(2**63)], f"--ctx-len {2**63}: must be at most"
+    ),
+    "a separator that is no text": (
+        lambda d: [str(write(d, {"text": "a"})), "--separator", "\udcff"], "--separator: is no UTF-8"
+    ),
+    "marks thousands deep": (
+        lambda d: [str(write(d, {"text": "a"})), "--mask", "qa", "--mask-id", "[" * 100_000], "--mask-id .*: must be"
+    ),
     "nothing": (lambda d: [str(write(d))], r"d\.jsonl: "),
 }  # fmt: skip
 

@@ -23,7 +23,7 @@ from rwkv_peft.cli import main
 from rwkv_peft.config import AdapterConfig, ChatConfig, ChatForm, SamplingConfig
 from rwkv_peft.data.templates import Message, find_template
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import CheckpointError, ConfigError
+from rwkv_peft.errors import CheckpointError, ConfigError, DataError
 from rwkv_peft.inference import Session, StopTexts, answer_all, generate, sample
 from rwkv_peft.models import ModelState, Rwkv
 
@@ -366,6 +366,28 @@ def test_chat_reads_what_training_would(
     monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
     run_chat(ChatConfig(Path("m.pth"), **settings))
     assert session.read_texts == expected
+
+
+@pytest.mark.parametrize(
+    ("template", "answer"),
+    [
+        ("g1-think", ">\n<think> foo"), ("g1-think", ">\nR\n</think>\n<think>x</think>y"),
+        ("g1-fake-think", ">\n<think>a</think>b"), ("rwkv", "\n\n"), ("rwkv", "User: x"), ("raw", " "),
+    ],
+)  # fmt: skip
+def test_chat_survives_any_answer(template: str, answer: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines, session = iter(["one", "two", "three", "/exit"]), Recorder([answer] * 3)
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
+    run_chat(ChatConfig(Path("m.pth"), template=template))
+    assert len(session.read_texts) == 3
+    assert "three" in session.read_texts[-1]
+
+
+def test_chat_says_at_once_what_cannot_be_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: Recorder([]))
+    with pytest.raises(DataError, match="template instruction: got messages of system, user"):
+        run_chat(ChatConfig(Path("m.pth"), template="instruction", system="S"))
 
 
 def test_chat_takes_the_stop_token_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:

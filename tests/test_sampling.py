@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rwkv_peft.config import InspectConfig, Overlong, TrainConfig
+from rwkv_peft.config import InspectConfig, Overlong, PrepareConfig, TrainConfig
 from rwkv_peft.data.batches import Batch, beside, padded
 from rwkv_peft.data.corpus import Corpus, Spool
 from rwkv_peft.data.dataset import Dataset, Windows, count_between, fit, hold_out, load_dataset, load_for_training
@@ -26,6 +26,7 @@ from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.sources import read_items, texts
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.preparation import prepare
 
 BYTE = Tokenizer.byte()
 masks = st.lists(st.booleans(), min_size=2, max_size=60).filter(lambda mask: any(mask[1:]))
@@ -321,6 +322,34 @@ def test_tiles_predict_every_token_of_the_stream_once(lengths: list[int], ctx_le
     assert sorted(labels) == stream[1:]
 
 
+@pytest.mark.parametrize("windows", ["tiles", "random", "prime"])
+def test_windows_without_a_target_are_no_rows(windows: Any) -> None:
+    """Or a step of them would have nothing to learn, and no loss."""
+    masks = [[False] * 90 + [True] * 10] * 6
+    sampler = Sampler(dataset_of([[i + 1] * 100 for i in range(6)], masks, ctx_len=16), "get", 1, windows=windows)
+    assert 0 < len(sampler.rows(0)) < 20
+    assert all(len(batch.labels) for step in range(sampler.steps(0)) for batch in sampler.step(step))
+    nothing = dataset_of([[1] * 100] * 6, [[False] * 100] * 5 + [[False] * 99 + [True]], ctx_len=8)
+    if windows == "prime":  # whose tiles do not reach the end
+        with pytest.raises(DataError, match="--sampling get: no window of --ctx-len 8 holds anything to be learnt"):
+            Sampler(nothing, "get", 1, windows=windows).rows(0)
+
+
+def test_text_and_the_binidx_made_of_it_learn_the_same(tmp_path: Path) -> None:
+    """In a stream, what begins a document is learnt as well: something comes before it."""
+    path = write(tmp_path, *({"text": f"document {i} of some length"} for i in range(30)))
+    prepare(PrepareConfig([str(path)], tmp_path / "pair", tokenizer="byte"))
+    for sampling in ("get", "pack"):
+        one, two = (
+            load_dataset(TrainConfig(Path("m"), [str(source)], Path("o"), sampling=sampling, ctx_len=32), BYTE)  # type: ignore[arg-type]
+            for source in (path, tmp_path / "pair")
+        )
+        assert one.target_tokens == two.target_tokens
+        for sampler in (Sampler(one, sampling, 4), Sampler(two, sampling, 4)):  # type: ignore[arg-type]
+            learnt = sum(len(batch.labels) for step in range(sampler.steps(0)) for batch in sampler.step(step))
+            assert learnt == one.target_tokens - (sampling == "get")  # but the very first token
+
+
 def test_random_windows_are_whole_and_anywhere() -> None:
     documents, stream = stream_of([50] * 20)
     sampler = Sampler(dataset_of(documents, ctx_len=16), "get", 4, windows="random")
@@ -525,6 +554,26 @@ def test_held_out_examples_are_not_trained_on(tmp_path: Path) -> None:
     other = load_for_training(TrainConfig(Path("m"), [str(path)], Path("o"), eval_fraction=0.1, seed=4), BYTE)[1]
     assert other is not None
     assert other.examples.start.tolist() != held.examples.start.tolist()
+
+
+def test_each_source_gives_its_part_to_be_held_out(tmp_path: Path) -> None:
+    """So that none of those with a share is left without examples."""
+    paths = [write(tmp_path, *({"text": f"{n} {i}"} for i in range(n)), name=f"{n}.jsonl") for n in (1, 9, 40)]
+    data = [f"{path}:{share}" for path, share in zip(paths, (0.5, 0.25, 0.25), strict=True)]
+    for seed in range(10):
+        config = TrainConfig(Path("m"), data, Path("o"), eval_fraction=0.2, seed=seed)
+        train, held = load_for_training(config, BYTE)
+        assert held is not None
+        assert np.bincount(train.source, minlength=3).tolist() == [1, 7, 32]
+        assert np.bincount(held.source, minlength=3).tolist() == [0, 2, 8]
+        assert len(Sampler(train, "pack", 4).rows(0)) > 0
+
+
+def test_a_share_of_nothing(tmp_path: Path) -> None:
+    long, short = write(tmp_path, {"text": "x" * 50}, name="l.jsonl"), write(tmp_path, {"text": "y"}, name="s.jsonl")
+    config = TrainConfig(Path("m"), [f"{long}:0.9", f"{short}:0.1"], Path("o"), ctx_len=8, overlong="drop")
+    with pytest.raises(DataError, match="--data: source 1 has a share, but with --ctx-len 8 and --overlong drop none"):
+        load_dataset(config, BYTE)
 
 
 def test_nothing_left_to_train_on(tmp_path: Path) -> None:

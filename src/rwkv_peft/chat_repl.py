@@ -7,8 +7,10 @@ from dataclasses import replace
 
 from .config import ChatConfig, SamplingConfig
 from .data.templates import Message, Segment, Template, find_template, template_of
+from .errors import DataError
 from .inference import Session, open_session
 
+LABEL = "Assistant:"
 STOP = "\n\nUser:"  # the model goes on with the other's turn
 HELP = "Type to talk; /reset begins anew, /exit or Ctrl-D ends."
 
@@ -20,6 +22,7 @@ class Conversation:
         self.session, self.template, self.every_turn = session, template, every_turn
         self.first = [Message("system", system)] if system else []
         self.reset()
+        template.prompt_segments([*self.first, Message("user", "")], every_turn)  # says now what cannot be written
 
     def reset(self) -> None:
         """Begin anew."""
@@ -45,7 +48,8 @@ class Conversation:
 
     def reply(self, sampling: SamplingConfig) -> str:
         """Print the answer, and remember it."""
-        sys.stdout.write(self.segments[-1].text.rpartition("\n\n")[2])  # `Assistant:`, and what else it begins with
+        _, label, begun = self.segments[-1].text.rpartition(LABEL)
+        sys.stdout.write(label + begun if label and "\n\n" not in begun else LABEL)
         pieces = []
         for piece in self.session.write(sampling):
             sys.stdout.write(piece)
@@ -55,6 +59,11 @@ class Conversation:
         message = self.template.reply("".join(pieces))
         if message.content.strip():
             self.messages.append(message)
+            try:
+                self.template.prompt_segments([*self.messages, Message("user", "")], self.every_turn)
+            except DataError as error:
+                print(f"(this cannot be gone on from: {error}; begun anew)\n")
+                self.reset()
         return message.content
 
 

@@ -15,6 +15,7 @@ from .common import ADVANCED, ESCAPES, OnBadLine, Overlong, TokenizerName, at_le
 Mask = Literal["auto", "all", "answers", "last", "pad", "qa", "se"]
 Sampling = Literal["pack", "pad", "get", "only"]
 Windows = Literal["tiles", "random", "prime"]
+LONGEST_ROW = 2**31 - 1  # tokens
 MICRO_BATCH = {"pack": 4, "pad": 8, "get": 4, "only": 1}  # rows at once, where no number is given
 
 
@@ -64,6 +65,10 @@ class ReadConfig:
         """Raise `ConfigError` where a value cannot be."""
         if not self.data:
             raise ConfigError("--data: got no file; name at least one")
+        if any(not source.strip() for source in self.data):
+            raise ConfigError("--data: one name is empty; is a variable of the shell not set?")
+        if not _is_unicode(self.separator):
+            raise ConfigError("--separator: is no UTF-8 text; write it as text")
         if "" in self.special_tokens or len(set(self.special_tokens)) < len(self.special_tokens):
             raise ConfigError("--special-tokens: must be different texts, none of them empty")
 
@@ -96,6 +101,8 @@ class DataConfig(ReadConfig):
         """Raise `ConfigError` where a value is out of range or two settings contradict each other."""
         self.check_reading()
         at_least("--ctx-len", self.ctx_len, 1, "512 or 1024 are usual")
+        if self.ctx_len > LONGEST_ROW:
+            raise ConfigError(f"--ctx-len {self.ctx_len}: must be at most {LONGEST_ROW}; 1024 or 4096 are usual")
         self.marks()
         if self.mask_id and self.mask not in ("qa", "se"):
             raise ConfigError(f"--mask-id: only with --mask qa or se, not {self.mask}; leave it out")
@@ -106,11 +113,11 @@ class DataConfig(ReadConfig):
             return ("User:", "Assistant:") if self.mask != "se" else ("0", "1")
         try:
             found = json.loads(self.mask_id)
-        except ValueError:
+        except (ValueError, RecursionError):
             found = None
         if not isinstance(found, dict) or found.keys() != {"mask0", "mask1"} or not all(map(_is_text, found.values())):
             raise ConfigError(
-                f'--mask-id {self.mask_id}: must be JSON with two texts, e.g. {{"mask0": "User:", "mask1": "Bot:"}}'
+                f'--mask-id {self.mask_id[:60]}: must be JSON of two texts, e.g. {{"mask0": "User:", "mask1": "Bot:"}}'
             )
         return found["mask0"], found["mask1"]
 
@@ -170,7 +177,12 @@ class InspectConfig(DataConfig):
 
 
 def _is_text(value: object) -> bool:
-    return isinstance(value, str) and bool(value)
+    return isinstance(value, str) and bool(value) and _is_unicode(value)
+
+
+def _is_unicode(text: str) -> bool:
+    """Whether it has no half of a surrogate pair, as which Python reads what is no UTF-8."""
+    return text.isascii() or not any("\ud800" <= letter <= "\udfff" for letter in text)
 
 
 def shares_of(data: list[str]) -> list[tuple[str, float | None]]:

@@ -170,6 +170,8 @@ class TrainConfig(DataConfig, _Run):
 
     def check_evaluation(self) -> None:
         """Raise `ConfigError` where what is said of measuring the loss contradicts itself."""
+        if any(not source.strip() for source in self.eval_data):
+            raise ConfigError("--eval-data: one name is empty; is a variable of the shell not set?")
         if not 0 <= self.eval_fraction < 1:
             raise ConfigError(f"--eval-fraction {self.eval_fraction}: must be from 0 to below 1; try 0.05")
         if self.eval_fraction and self.eval_data:

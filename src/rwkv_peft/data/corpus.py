@@ -118,6 +118,8 @@ def read_corpora(source: str, config: DataConfig, template: Template, encoder: E
     left.
     """
     if is_binidx(source):
+        if Split.parse(config.split).name != "train":
+            raise ConfigError(f"--split {config.split}: {source} is one pair of files, which has no splits; use train")
         yield from_binidx(open_binidx(source, encoder.vocab_size), encoder, config.streaming)
         return
     notes: tuple[str, ...] = ()

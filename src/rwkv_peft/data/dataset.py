@@ -76,15 +76,23 @@ class Dataset:
     def piece(self, index: int) -> Encoded:
         """Ids and targets of a piece; its first token is no target."""
         pieces = self.pieces
-        return self.window(int(pieces.corpus[index]), int(pieces.start[index]), int(pieces.inputs[index]) + 1, False)
+        piece = self.window(int(pieces.corpus[index]), int(pieces.start[index]), int(pieces.inputs[index]) + 1)
+        piece.target[0] = False
+        return piece
 
-    def window(self, corpus: int, start: int, length: int, is_stream: bool) -> Encoded:
-        """`length` tokens of a corpus. Of a stream, what begins an example is a target too, unless there is a mask."""
+    def learns_first(self, corpus: int, starts: Integers) -> Flags:
+        """(n,) whether the first tokens of the examples at `starts` are learnt in a stream, where one comes before.
+
+        They are if the second ones are: so it is the same for text and for the binidx pair made of it.
+        """
+        target = self.corpora[corpus].target
+        return np.ones(len(starts), np.bool_) if target is None else target[starts + 1]
+
+    def window(self, corpus: int, start: int, length: int) -> Encoded:
+        """`length` tokens of a corpus, as they are."""
         of = self.corpora[corpus]
         ids = of.ids[start : start + length]
         target = np.ones(len(ids), np.bool_) if of.target is None else of.target[start : start + length].copy()
-        if not is_stream:
-            target[0] = False
         largest = int(ids.max(initial=0))
         if largest >= of.vocab_size:
             raise DataError(
@@ -160,7 +168,10 @@ def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None
     sources = np.array(source_of)[of]
     for number, (name, share) in enumerate(shares):
         if share is not None and not (sources == number).any():
-            raise DataError(f"{name}: --split {config.split} leaves none of its examples, but it has a share; drop it")
+            raise DataError(
+                f"{name}: has a share, but --split {config.split}, which counts through all sources together, leaves "
+                "none of its examples; leave out one of the two"
+            )
     return Dataset(
         corpora, examples, sources, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
         config.ctx_len, config.overlong, config.split, target_tokens=0, long=0, lost=0,
@@ -170,16 +181,24 @@ def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None
 
 
 def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integers]:
-    """Which examples are held out and which are left, each in their order. Raises ConfigError if either is none."""
-    count = len(whole.examples)
-    out = max(1, round(share * count))
-    if out >= count:
+    """Which examples are held out, of each source its share, and which are left, each in their order.
+
+    Raises ConfigError if either is none.
+    """
+    counts = np.bincount(whole.source)
+    out = np.minimum(np.rint(share * counts).astype(np.int64), np.maximum(counts - 1, 0))
+    if not out.any():
+        out[counts.argmax()] = 1
+    if round(share * counts.sum()) >= counts.sum() or (out >= counts)[counts > 0].any():
         raise ConfigError(
-            f"--eval-fraction {share}: nothing of {plural(count, 'example')} would be left to train on; name other "
-            "examples with --eval-data"
+            f"--eval-fraction {share}: nothing of {plural(int(counts.sum()), 'example')} would be left to train on; "
+            "name other examples with --eval-data"
         )
-    order = np.random.default_rng([HELD_OUT, seed]).permutation(count)
-    return np.sort(order[:out]), np.sort(order[out:])
+    random = np.random.default_rng([HELD_OUT, seed])
+    held = [random.permutation(np.flatnonzero(whole.source == i))[:n] for i, n in enumerate(out.tolist())]
+    is_held = np.zeros(len(whole.examples), np.bool_)
+    is_held[np.concatenate(held)] = True
+    return np.flatnonzero(is_held), np.flatnonzero(~is_held)
 
 
 def every(whole: Dataset) -> Integers:
@@ -195,9 +214,12 @@ def fit(whole: Dataset, chosen: Integers, sampling: Sampling = "pack") -> Datase
     """
     examples, ctx_len = whole.examples.of(chosen), whole.ctx_len
     if sampling == "get":
+        firsts = sum(
+            int(whole.learns_first(i, examples.start[examples.corpus == i]).sum()) for i in range(len(whole.corpora))
+        )
         return replace(
             whole, examples=examples, source=whole.source[chosen], pieces=examples, first=np.arange(len(chosen) + 1),
-            target_tokens=int(count_targets(whole.corpora, examples).sum()),
+            target_tokens=int(count_targets(whole.corpora, examples).sum()) + firsts,
         )  # fmt: skip
     long = examples.inputs > ctx_len
     count = np.ones(len(chosen), np.int64)
@@ -219,6 +241,12 @@ def fit(whole: Dataset, chosen: Integers, sampling: Sampling = "pack") -> Datase
             f"{names}: no row is left: with --ctx-len {ctx_len} and --overlong {whole.overlong}, no example keeps an "
             "answer token; use --overlong split or a longer --ctx-len"
         )
+    for source in range(len(whole.shares)):
+        if not (whole.source[chosen][example[kept]] == source).any():
+            raise DataError(
+                f"--data: source {source + 1} has a share, but with --ctx-len {ctx_len} and --overlong "
+                f"{whole.overlong} none of its examples keeps an answer token; use split, or leave it out"
+            )
     wanted = count_targets(whole.corpora, examples)
     first = np.concatenate(([0], np.bincount(example[kept], minlength=len(chosen)).cumsum()))
     return replace(

@@ -9,7 +9,7 @@ import numpy.typing as npt
 
 from ..config import Sampling
 from ..config import Windows as WindowKind
-from ..errors import ConfigError
+from ..errors import ConfigError, DataError
 from .binidx import magic_prime
 from .dataset import Dataset
 from .masking import Encoded
@@ -102,7 +102,7 @@ class Stream:
         """One window a row: its place in the stream."""
         ctx_len = self.data.ctx_len
         if self.prime is not None:
-            return Rows(prime_order(self.prime, seed, epoch) * ctx_len)
+            return Rows(self.with_targets(prime_order(self.prime, seed, epoch) * ctx_len))
         random = np.random.default_rng([seed, epoch])
         sizes = np.diff(self.parts)
         counts = [max(1, math.ceil((size - 1) / ctx_len)) for size in sizes.tolist()]
@@ -114,7 +114,18 @@ class Stream:
             else:
                 within = take(count, quota, seed, i, epoch) * ctx_len
             starts.append(self.parts[i] + within)
-        return Rows(random.permutation(np.concatenate(starts)))
+        return Rows(self.with_targets(random.permutation(np.concatenate(starts))))
+
+    def with_targets(self, starts: Integers) -> Integers:
+        """Those windows in which something is to be learnt. Raises DataError if there is none."""
+        if all(corpus.target is None for corpus in self.data.corpora):
+            return starts
+        kept = [start for start in starts.tolist() if self.read(start).target.any()]
+        if not kept:
+            raise DataError(
+                f"--sampling get: no window of --ctx-len {self.data.ctx_len} holds anything to be learnt; use pack"
+            )
+        return np.array(kept, np.int64)
 
     def length(self, start: int) -> int:
         """Tokens of the window that begins at `start`: one more than the context, or less at the end of a source."""
@@ -131,7 +142,10 @@ class Stream:
             skip = start - (int(self.ends[example]) - size)
             length = min(left, size - skip)
             corpus, begin = int(self.data.examples.corpus[example]), int(self.data.examples.start[example])
-            parts.append(self.data.window(corpus, begin + skip, length, is_stream=True))
+            part = self.data.window(corpus, begin + skip, length)
+            if skip == 0:
+                part.target[0] = self.data.learns_first(corpus, np.array([begin]))[0]
+            parts.append(part)
             left, start, example = left - length, start + length, example + 1
         target = np.concatenate([part.target for part in parts])
         target[0] = False
