@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from functools import cache, lru_cache
 from importlib.resources import as_file, files
@@ -14,7 +15,10 @@ from ..errors import ConfigError
 from ..packages import optional
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable  # Python 3.10 has it elsewhere
+    if sys.version_info >= (3, 11):
+        from importlib.resources.abc import Traversable
+    else:
+        from importlib.abc import Traversable
 
 FAST_PACKAGE = "pyrwkv_tokenizer"
 CACHED_PIECES = 1 << 16
@@ -85,7 +89,7 @@ class Matcher:
 
 def world_file() -> Traversable:
     """The World vocabulary, in the package: a line is `id literal length`, and the ids count from 1."""
-    return files("rwkv_peft").joinpath("assets", "world", "rwkv_vocab_v20230424.txt")
+    return files("rwkv_peft") / "assets" / "world" / "rwkv_vocab_v20230424.txt"
 
 
 @cache

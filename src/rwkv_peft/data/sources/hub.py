@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import logging
+import logging.handlers
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +24,7 @@ NAME = re.compile(r"(?:[A-Za-z0-9][\w.-]*/)?[A-Za-z0-9][\w.-]*")
 BATCH = 1 << 24  # bytes of rows that are made Python objects at once
 MOST_ROWS = 1024  # of them
 SECRET = re.compile(r"\bhf_\w+|(?<=[?&])\S+|(?<=://)[^/\s@]+@")  # tokens, and what signs an address
+LOGGERS = ("huggingface_hub", "datasets", "httpx")
 
 # What the libraries say of a dataset on the hub → what we say of it, and the remedy
 SAID = {
@@ -168,13 +172,34 @@ def hub_rows(name: str, split: str, subset: str, whole: bool = True) -> Found:
     if not sys.stderr.isatty():
         datasets.disable_progress_bars()
     try:
-        if "/" not in name:
-            # `load_dataset` takes json, csv and the like for the readers of that name, and reads the current folder.
-            name = str(optional("huggingface_hub", name).HfApi().dataset_info(name).id)
-        found = datasets.load_dataset(name, subset or None, split=split, streaming=not whole)
+        with logs_if_it_works():
+            if "/" not in name:
+                # `load_dataset` takes json, csv and the like for the readers of that name, and reads the current folder
+                name = str(optional("huggingface_hub", name).HfApi().dataset_info(name).id)
+            found = datasets.load_dataset(name, subset or None, split=split, streaming=not whole)
     except Exception as error:
         raise DataError(_said_of_hub(error)) from None
     yield from _rows(found, f"[{split}]")
+
+
+@contextmanager
+def logs_if_it_works() -> Iterator[None]:
+    """Hold back what the libraries log, such as each time that they try again: an error says all of it in one line.
+
+    If it works after all, what was logged is written then, since it may say that an older copy is used.
+    """
+    held = logging.handlers.MemoryHandler(sys.maxsize, logging.CRITICAL + 1)
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(logger.handlers, logger.propagate) for logger in loggers]
+    for logger in loggers:
+        logger.handlers, logger.propagate = [held], False
+    try:
+        yield
+    finally:
+        for logger, (handlers, propagate) in zip(loggers, before, strict=True):
+            logger.handlers, logger.propagate = handlers, propagate
+    for record in held.buffer:
+        logging.getLogger(record.name).callHandlers(record)
 
 
 def _rows(dataset: Any, split: str) -> Found:

@@ -17,7 +17,7 @@ from .streams import PACKERS
 
 TEXTS = (".txt", ".text", ".md")
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", *TEXTS)
-SPLIT = re.compile(r"([A-Za-z_][\w.-]*)(?:\[(?:(-?\d+)(%?))?:(?:(-?\d+)(%?))?\])?")
+SPLIT = re.compile(r"([A-Za-z_][\w.-]*)(?:\[(?:(-?\d{1,18})(%?))?:(?:(-?\d{1,18})(%?))?\])?")
 # Words in the names of files and folders, as the hub understands them
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -69,6 +69,20 @@ class Files:
     """Files of other splits."""
     papers: list[Path]
     """Files that tell of the data and are none: README and LICENSE."""
+    unknown: list[Path]
+    """Files of no known form."""
+
+    def notes(self, folder: str | Path) -> list[str]:
+        """What should be told of the files in `folder` that are not read: a line for each kind of them."""
+        kinds = []
+        if self.left_out:
+            kinds.append(f"{_count(self.left_out)} of other splits left out")
+        if self.unknown:
+            kinds.append(f"{_count(self.unknown)} of no known form left out, the first {_first(self.unknown, folder)}")
+        if self.papers:
+            first = _first(self.papers, folder)
+            kinds.append(f"{_count(self.papers)} left out that tell of the data and are none, the first {first}")
+        return [f"{folder}: {kind}" for kind in kinds]
 
 
 @contextmanager
@@ -106,7 +120,7 @@ def form_of(path: Path) -> str:
 
 
 def files_of(folder: str | Path, split: str = "train") -> Files:
-    """The files of known suffixes in a folder and the folders in it, without hidden and half-written (`.partial`) ones.
+    """The files in a folder and the folders in it, without hidden and half-written (`.partial`) ones.
 
     The nearest word such as train, test or val in a file's path below `folder`, between anything but letters, says
     which split it is of, as on the hub; files without one are of train, unless others have the word train.
@@ -118,16 +132,11 @@ def files_of(folder: str | Path, split: str = "train") -> Files:
     top, name = Path(folder), Split.parse(split).name
     with readable(str(top)):
         if hub.is_saved(top):
-            return Files([], [], [], [])
-    splits: dict[Path, str] = {}
-    papers: list[Path] = []
-    for path in _walk(top):
-        if path.stem.lower().partition(".")[0] in PAPERS:
-            papers.append(path)
-        else:
-            splits[path] = _split_word(path.relative_to(top), name)
-    if not splits:
-        raise DataError(f"{folder}: holds no file to be read; allowed are {', '.join(SUFFIXES)}, also packed")
+            return Files([], [], [], [], [])
+    data, papers, unknown = _sorted_out(_walk(top))
+    if not data:
+        raise DataError(f"{folder}: {_nothing_in(top, papers, unknown)}")
+    splits = {path: _split_word(path.relative_to(top), name) for path in data}
     wanted = _canonical(name)
     if wanted == "train" and wanted not in splits.values():
         wanted = ""
@@ -140,11 +149,50 @@ def files_of(folder: str | Path, split: str = "train") -> Files:
         pairs=[str(path.with_suffix("")) for path in chosen if path.suffix == ".idx"],
         left_out=[path for path, word in splits.items() if word != wanted],
         papers=papers,
+        unknown=unknown,
     )
 
 
+def _sorted_out(files: list[Path]) -> tuple[list[Path], list[Path], list[Path]]:
+    """Of the files in a folder those to be read, a binidx pair as its .idx; those that tell of it; and unknown ones."""
+    data: list[Path] = []
+    papers: list[Path] = []
+    unknown: list[Path] = []
+    tokens = {path.with_suffix(".bin") for path in files if path.suffix == ".idx"}
+    for path in files:
+        if path.name.lower().partition(".")[0] in PAPERS:
+            papers.append(path)
+        elif form_of(path) or path.suffix == ".idx":
+            data.append(path)
+        elif path not in tokens:
+            unknown.append(path)
+    return data, papers, unknown
+
+
+def _nothing_in(folder: Path, papers: list[Path], unknown: list[Path]) -> str:
+    """What is said of a folder of which no file is read."""
+    allowed = f"allowed are {', '.join(SUFFIXES)}, also packed"
+    if unknown:
+        return f"holds no file to be read, but {_first(unknown, folder)} of no known form; {allowed}"
+    if papers:
+        return (
+            f"holds no file to be read, but {_first(papers, folder)}, as what tells of the data is called; rename it, "
+            "or give --data the file itself"
+        )
+    return f"holds no file to be read; {allowed}"
+
+
+def _count(files: list[Path]) -> str:
+    return "1 file" if len(files) == 1 else f"{len(files):,} files"
+
+
+def _first(files: list[Path], folder: str | Path) -> str:
+    name = str(files[0].relative_to(folder))
+    return name if name.isprintable() else repr(name)
+
+
 def _walk(top: Path) -> list[Path]:
-    """Files in a folder that can be read, sorted; a folder that links lead to several times is entered once."""
+    """Files in a folder, sorted, hidden ones left away; a folder that links lead to several times is entered once."""
     found: list[Path] = []
     entered: set[tuple[int, int]] = set()
 
@@ -159,8 +207,7 @@ def _walk(top: Path) -> list[Path]:
                 continue
             entered.add((here.st_dev, here.st_ino))
             folders[:] = sorted(filter(_seen, folders))
-            paths = [Path(place, name) for name in files if _seen(name)]
-            found += [path for path in paths if form_of(path) or path.suffix == ".idx"]
+            found += [Path(place, name) for name in files if _seen(name)]
     return sorted(found)
 
 

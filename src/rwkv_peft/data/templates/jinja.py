@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import secrets
 from collections.abc import Iterable, Sequence
@@ -13,6 +12,7 @@ from typing import Any
 from ...errors import ConfigError, DataError
 from ...packages import optional
 from .base import Message, Segment, Template
+from .sandbox import Budget, count_steps, environment_with
 
 # Kinds of marks in rendered text, each written as the digits of its template and one of these
 STOP, START, END = "012"
@@ -40,7 +40,7 @@ def read_jinja(path: str) -> JinjaTemplate:
 
 
 class JinjaTemplate(Template):
-    """A Jinja template that is given `messages`, `add_generation_prompt`, `bos_token` (empty) and `eos_token`.
+    """A Jinja template that is given `messages`, `tools`, `add_generation_prompt`, `bos_token` (empty) and `eos_token`.
 
     `eos_token` stands for the stop token. What stands between `{% generation %}` and `{% endgeneration %}` is learnt;
     without these tags an answer is what its message adds to the text before it, up to its `eos_token` if it has one.
@@ -62,7 +62,10 @@ class JinjaTemplate(Template):
     def __reduce__(self) -> tuple[type[JinjaTemplate], tuple[str, str]]:
         return JinjaTemplate, (self.name, self.source)
 
-    def render(self, messages: Sequence[Message], every_turn: bool = False) -> list[Segment]:
+    def render(
+        self, messages: Sequence[Message], every_turn: bool = False, tools: Sequence[Any] | None = None
+    ) -> list[Segment]:
+        """The segments of a conversation whose assistant may call `tools`; see `Template.render`."""
         answers = [i for i, message in enumerate(messages) if message.role == "assistant" and message.learnt]
         if not answers:
             raise DataError("no answer tokens: no message is by the assistant; add its answer or remove the example")
@@ -71,7 +74,7 @@ class JinjaTemplate(Template):
             if message.role == "assistant" and not message.content.strip() and not message.more.get("tool_calls"):
                 place = message.place or f"message {number}"
                 raise DataError(f"{place}: no answer tokens: the assistant's text is empty; fill it or remove it")
-        segments = self._segments(self._tagged(turns) if self.has_tags else self._differences(turns))
+        segments = self._segments(self._tagged(turns, tools) if self.has_tags else self._differences(turns, tools))
         while segments and not segments[-1].target:
             segments.pop()
         if not any(segment.target and segment.text for segment in segments):
@@ -81,12 +84,12 @@ class JinjaTemplate(Template):
         return segments
 
     def prompt_segments(self, messages: Sequence[Message], every_turn: bool = False) -> list[Segment]:
-        text = self.marks.sub(lambda mark: mark[0] if mark[1] == STOP else "", self._text(messages, True))
+        text = self.marks.sub(lambda mark: mark[0] if mark[1] == STOP else "", self._text(messages, True, None))
         return self._segments([(text, False)])
 
-    def _tagged(self, messages: Sequence[Message]) -> list[Part]:
+    def _tagged(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Part]:
         """Parts of a conversation whose answers stand between generation tags."""
-        text, *pieces = self.marks.split(self._text(messages, False))
+        text, *pieces = self.marks.split(self._text(messages, False, tools))
         parts: list[Part] = []
         inside = False
         for kind, piece in [*zip(pieces[::2], pieces[1::2], strict=True), (START, "")]:
@@ -109,14 +112,15 @@ class JinjaTemplate(Template):
             )
         return [(text, inside and learnt[i // 2]) for i, (text, inside) in enumerate(parts)]
 
-    def _differences(self, messages: Sequence[Message]) -> list[Part]:
+    def _differences(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Part]:
         """Parts of a conversation, where an answer is what its message adds to the prompt before it."""
         parts: list[Part] = []
         done = ""
         for i, message in enumerate(messages):
             if message.role != "assistant":
                 continue
-            prompt, whole = self._text(messages[:i], True), self._text(messages[: i + 1], False)
+            prompt = self._text(messages[:i], True, tools)
+            whole = self._text(messages[: i + 1], False, tools)
             if not (prompt.startswith(done) and whole.startswith(prompt)):
                 raise DataError(
                     f"{message.place or f'message {i + 1}'}: {self.name} writes the text before this answer otherwise "
@@ -145,7 +149,7 @@ class JinjaTemplate(Template):
                 segments.append(Segment(rest, True))
         return [*segments, Segment(lead, False)] if lead or not segments else segments
 
-    def _text(self, messages: Sequence[Message], add_generation_prompt: bool) -> str:
+    def _text(self, messages: Sequence[Message], add_generation_prompt: bool, tools: Sequence[Any] | None) -> str:
         """What the template makes of the messages, with marks."""
         try:
             text: str = self.template.render(
@@ -153,8 +157,9 @@ class JinjaTemplate(Template):
                 add_generation_prompt=add_generation_prompt,
                 bos_token="",
                 eos_token=self._mark(STOP),
-                tools=None,
+                tools=tools,
                 documents=None,
+                **Budget().functions(),
             )
         except Exception as error:  # whatever the code of a template may raise
             raise DataError(f"{self._line_of(error)}: {_one_line(error)}; mend the template or the example") from None
@@ -178,13 +183,12 @@ class JinjaTemplate(Template):
     def _compile(self) -> tuple[Any, bool]:
         """The compiled template, and whether it has generation tags."""
         jinja2 = optional("jinja2", "--template")
-        environment = _environment(self._mark(START), self._mark(END))
+        environment = environment_with(self._mark(START), self._mark(END))
         try:
-            has_tags = any(
-                node.data == self._mark(START)
-                for node in environment.parse(self.source).find_all(jinja2.nodes.TemplateData)
-            )
-            code = environment.compile(self.source, filename=self.name)
+            tree = environment.parse(self.source)
+            has_tags = any(node.data == self._mark(START) for node in tree.find_all(jinja2.nodes.TemplateData))
+            count_steps(tree)
+            code = environment.compile(tree, filename=self.name)
             return jinja2.Template.from_code(environment, code, environment.make_globals(None)), has_tags
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"--template {self.name}:{error.lineno}: {_one_line(error)}; mend the template") from None
@@ -192,54 +196,10 @@ class JinjaTemplate(Template):
             raise ConfigError(f"--template {self.name}: {_one_line(error)}; mend the template") from None
 
 
-def _environment(start: str, end: str) -> Any:
-    """Jinja as Hugging Face sets it up, without access to anything but what it is given.
-
-    `start` and `end` are written where generation tags stand. Undefined variables are errors; but a field that a
-    message lacks is false in a condition, as in the templates that test `message.tool_calls`.
-    """
-    jinja2 = optional("jinja2", "--template")
-    sandbox, ext = optional("jinja2.sandbox", "--template"), optional("jinja2.ext", "--template")
-
-    class Generation(ext.Extension):  # type: ignore[misc, name-defined]
-        tags = frozenset({"generation"})
-
-        def parse(self, parser: Any) -> list[Any]:
-            line = next(parser.stream).lineno
-            body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-            before, after = (
-                jinja2.nodes.Output([jinja2.nodes.TemplateData(mark)], lineno=line) for mark in (start, end)
-            )
-            return [before, *body, after]
-
-    class Undefined(jinja2.StrictUndefined):  # type: ignore[misc, name-defined]
-        def __bool__(self) -> bool:
-            lacks = isinstance(self._undefined_obj, dict) and self._undefined_exception is jinja2.UndefinedError
-            return False if lacks else super().__bool__()
-
-    environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, undefined=Undefined, extensions=[Generation, ext.loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    return environment
-
-
 def _fields(message: Message) -> dict[str, Any]:
     """A message as the template sees it."""
     reasoning = {"reasoning_content": message.reasoning} if message.reasoning else {}
     return {**message.more, "role": message.role, "content": message.content, **reasoning}
-
-
-def _tojson(
-    value: Any, ensure_ascii: bool = False, indent: int | None = None, separators: Any = None, sort_keys: bool = False
-) -> str:
-    """JSON as it is: Jinja's own filter writes it for HTML."""
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
-
-
-def _raise_exception(text: str) -> None:
-    raise optional("jinja2", "--template").TemplateError(text)
 
 
 def _one_line(error: Exception) -> str:
