@@ -190,6 +190,13 @@ def test_sources_of_every_kind_together(tmp_path: Path) -> None:
     assert texts(load(pair, lines, mask="qa")) == ["t[okens]", "User: q⏎⏎[Assistant: a∅]"]
 
 
+def test_settings_of_text_have_no_effect_on_tokens(tmp_path: Path) -> None:
+    pair = binidx(tmp_path, [BYTE.encode("tokens")])
+    data = load(pair, template="raw", stop_token="24")
+    assert data.notes == ["--template --stop-token: no effect, the data are tokens already"]
+    assert load(pair, write(tmp_path, {"text": "ab"}), template="raw").notes == []
+
+
 def test_tokens_of_any_vocabulary_train(tmp_path: Path, model_file: Callable[..., Path]) -> None:
     """Where the data are tokens already, nobody needs to know what they mean."""
     config = TrainConfig(
@@ -199,6 +206,17 @@ def test_tokens_of_any_vocabulary_train(tmp_path: Path, model_file: Callable[...
     assert train(config).steps == 1
     with pytest.raises(ConfigError, match="--tokenizer auto: cannot tell for a vocabulary of 1000"):
         train(replace(config, data=[str(write(tmp_path, {"text": "a"}))], out=tmp_path / "other"))
+
+
+def test_what_a_folder_holds_besides_is_told(tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    binidx(folder, [BYTE.encode("tokens")])
+    (folder / "README.md").write_text("about it")
+    (folder / "odd.xyz").write_text("?")
+    assert [note.partition(": ")[2] for note in load(folder).notes] == [
+        "1 file of no known form left out, the first odd.xyz", "1 file about the data left out, the first README.md"
+    ]  # fmt: skip
 
 
 def test_prepared_data_are_the_same_data(tmp_path: Path) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 import subprocess
 import sys
@@ -18,7 +20,7 @@ from urllib.parse import parse_qs, unquote, urlsplit
 import pytest
 
 from rwkv_peft.data.sources import read_items
-from rwkv_peft.data.sources.hub import one_line
+from rwkv_peft.data.sources.hub import LOGGERS, _said_of_hub, logs_if_it_works, one_line
 from rwkv_peft.errors import DataError
 
 pytest.importorskip("datasets")
@@ -291,8 +293,31 @@ def test_what_was_downloaded_is_there_without_a_connection(answers: dict[str, An
 
 
 def test_a_hub_that_is_nowhere(tmp_path: Path) -> None:
-    (found,), _ = read([{"path": "org/plain"}], tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:1")
+    (found,), log = read([{"path": "org/plain"}], tmp_path / "home", HF_ENDPOINT="http://127.0.0.1:1")
     assert found == f"DataError: org/plain: {UNREACHABLE}"
+    assert log == ""
+
+
+@pytest.mark.parametrize("works", [True, False])
+def test_logs_are_held_back_and_told_if_it_works(works: bool, capsys: pytest.CaptureFixture[str]) -> None:
+    loggers = [logging.getLogger(name) for name in LOGGERS]
+    before = [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers]
+    handler = logging.StreamHandler(sys.stderr)
+    loggers[1].addHandler(handler)
+    try:
+        with contextlib.suppress(DataError), logs_if_it_works():
+            logging.getLogger("datasets.load").warning("an older copy")
+            assert capsys.readouterr().err == ""
+            if not works:
+                raise DataError("unreachable")
+        assert capsys.readouterr().err == "an older copy\n" * works
+    finally:
+        loggers[1].removeHandler(handler)
+    assert [(list(logger.handlers), logger.propagate, logger.level) for logger in loggers] == before
+
+
+def test_a_name_that_cannot_be_resolved_is_unreachable() -> None:
+    assert _said_of_hub(OSError(-2, "Name or service not known")) == UNREACHABLE
 
 
 @pytest.mark.parametrize(

@@ -439,6 +439,28 @@ def test_an_adapter_tells_chat_how_it_was_trained(
         assert conversation.session.tokenizer.encode(text) == [257, *BYTE.encode("hi"), 258]
 
 
+TAGGED = """{% for m in messages %}<{{ m.role }}>{% if m.role == "assistant" %}{% generation %}{{ m.content }}\
+{{ eos_token }}{% endgeneration %}{% else %}{{ m.content }}{% endif %}{% endfor %}\
+{% if add_generation_prompt %}<assistant>{% endif %}""".replace("\\\n", "")
+
+
+@pytest.mark.parametrize("source", [JINJA, TAGGED], ids=["plain", "tagged"])
+def test_chat_with_a_jinja_file(
+    source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It reads what training would, answers by themselves, and prints no more than the answers."""
+    (tmp_path / "form.jinja").write_text(source)
+    lines, session = iter(["one", "two", "/exit"]), Recorder(["A", "B"])
+    pieces: list[str] = []
+    monkeypatch.setattr(session, "read", lambda ids: (pieces.append(BYTE.decode(ids)), Recorder.read(session, ids)))
+    monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
+    monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
+    run_chat(ChatConfig(Path("m.pth"), template=str(tmp_path / "form.jinja")))
+    assert session.read_texts == ["<user>one<assistant>", "<user>one<assistant>A∅<user>two<assistant>"]
+    assert pieces == ["<user>one<assistant>", "A", "<user>two<assistant>"]  # nothing twice
+    assert "<user>" not in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("form", [[], {"template": 3}, {"special_tokens": "a"}, {"other": "a"}, {"stop_token": [1]}])
 def test_a_damaged_form(form: object, model_file: Callable[..., Path], tmp_path: Path) -> None:
     model = rp.attach_adapter(rp.load_model(model_file()), AdapterConfig(rank=2))

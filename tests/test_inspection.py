@@ -19,7 +19,7 @@ from rich.console import Console
 
 import rwkv_peft as rp
 from conftest import random_model
-from rwkv_peft.checkpoint import fingerprint
+from rwkv_peft.checkpoint import fingerprint, write_tensors
 from rwkv_peft.cli import COMMANDS, main, parse, parser
 from rwkv_peft.config import AdapterConfig, InspectConfig
 from rwkv_peft.data.masking import Encoded
@@ -273,6 +273,13 @@ def test_picture_must_be_png(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.startswith("error: --picture x.jpg: must end in .png")
 
 
+def test_a_picture_without_a_name_of_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = write(tmp_path / "d.jsonl", {"text": "abc"})
+    (tmp_path / "c.yaml").write_text('picture: "a\\0b.png"\n')
+    assert main(["inspect", str(data), "--config", str(tmp_path / "c.yaml")]) == 2
+    assert capsys.readouterr().err.startswith("error: --picture 'a\\x00b.png': is no name that a file can have; choose")
+
+
 # --- examples in full
 
 
@@ -350,7 +357,7 @@ def test_rows_of_a_long_example_and_a_dropped_one(tmp_path: Path) -> None:
 def test_windows_of_the_stream(tmp_path: Path) -> None:
     path = write(tmp_path / "d.jsonl", {"text": "abc"}, {"text": "de"})
     shown = told(path, show=9, ctx_len=4, sampling="get").partition("\n---")[2].splitlines()
-    assert shown[1::3] == ["⟦a⟧bc<0>⟦d⟧", "⟦d⟧e<0>"]
+    assert shown[1::3] == ["⟦a⟧bc<0>d", "⟦d⟧e<0>"]
 
 
 @pytest.mark.parametrize(
@@ -524,6 +531,26 @@ def test_the_folder_of_a_run_and_data_beside_it(load: Callable[..., Any], tmp_pa
     assert text.splitlines()[:2] == [f"{run} is taken for the folder of a run", str(run / "adapter")]
     assert "lora, rank 2" in text
     assert f"\n\ndata         {tmp_path / 'd.jsonl'}: 1 example, 3 tokens\n" in text
+
+
+@pytest.mark.parametrize("peft", ["lora", "full"])
+def test_the_best_of_a_run(load: Callable[..., Any], tmp_path: Path, peft: str) -> None:
+    run = tmp_path / "run"
+    for folder, rank in ((run, 2), (run / "best", 3)):
+        if peft == "lora":
+            rp.save_adapter(rp.attach_adapter(load(), AdapterConfig("lora", rank)), folder / "adapter")
+        else:
+            write_tensors(folder / "model.pth", random_model("x070", layers=rank))
+    write(run / "metrics.jsonl", {"step": 1})
+    (run / "config.yaml").write_text("")
+    written = "adapter" if peft == "lora" else "model.pth"
+    last, best = ("lora, rank 2", "lora, rank 3") if peft == "lora" else ("layers       2", "layers       3")
+    text = told(run)
+    assert text.startswith(f"{run} is taken for the folder of a run\n{run / written}\n")
+    assert text.index(last) < text.index(f"\n{run / 'best' / written}\n") < text.index(best)
+    alone = told(run / "best")
+    assert alone.startswith(f"{run / 'best'} is taken for the best of a run\n{run / 'best' / written}\n")
+    assert best in alone and last not in alone
 
 
 # --- the command

@@ -176,7 +176,7 @@ def test_several_sources_of_several_forms(tmp_path: Path) -> None:
     data = [first, str(tmp_path / "2.txt"), str(tmp_path / "3.jsonl.gz"), str(tmp_path / "f")]
     printed = run(*data, out=tmp_path / "o", separator="\n---\n")
     assert [WORLD.decode(document[:-1]) for document in documents_of(tmp_path / "o")] == list("abcdef")
-    assert f"; {tmp_path}/f: 1 files of other splits left out\n" in printed
+    assert f"; {tmp_path}/f: 1 file of other splits left out\n" in printed
 
 
 @pytest.mark.parametrize(
@@ -198,6 +198,28 @@ def test_split_counts_documents(tmp_path: Path, split: str, chosen: str) -> None
     assert files_of(tmp_path / "o") == expected([[*WORLD.encode(text), 0] for text in chosen])
     assert left_in(tmp_path) == ["1.jsonl", "2.jsonl", "o.bin", "o.idx"]
     assert f": {len(chosen)} of " in printed or f": {len(chosen)} documents" in printed
+
+
+@pytest.mark.parametrize(
+    ("source", "more", "note"),
+    [
+        ("d.jsonl", {"separator": "x"}, "; --separator: no effect, no source is a text file\n"),
+        ("d.jsonl", {"subset": "x"}, "; --subset: no effect, no source is a dataset of the hub\n"),
+        ("f", {"separator": "x"}, "; 1 file of no known form left out, the first c.jsn\n"),
+        ("t", {"separator": "x"}, " MB/s\n"),
+        ("d.jsonl", {}, " MB/s\n"),
+    ],
+)
+def test_what_has_no_effect_and_what_is_left_out_is_told(
+    tmp_path: Path, source: str, more: dict[str, str], note: str
+) -> None:
+    write(tmp_path / "d.jsonl", "a")
+    for folder in ("f", "t"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "a.txt").write_text("axb")
+    write(tmp_path / "f" / "c.jsn", "a")
+    printed = run(str(tmp_path / source), out=tmp_path / "o", **more)
+    assert printed.splitlines(keepends=True)[0].replace(f"{tmp_path}/f: ", "").endswith(note)
 
 
 def test_a_split_that_has_enough_reads_no_further(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -554,6 +576,27 @@ def binidx(prefix: Path, *documents: bytes) -> str:
         (["d.jsonl"], "o", {"special_tokens": [f"<{i}>" for i in range(7)]}, "--special-tokens: got 7, "),
         (["d.jsonl"], "o", {"split": "train["}, "--split train[: no known form"),
         (["d.jsonl"], "o", {"split": "test"}, "--split test: d.jsonl is one file"),
+        (["d.jsonl"], "o", {"split": f"train[:{'9' * 400}]"}, "--split 'train[:99999"),
+        (["d.jsonl"], "o", {"split": "train[5:]"}, "--split train[5:]: none of the 2 documents; choose a wider one"),
+        (["d.jsonl"], "folder", {}, "--out folder: is a folder; name a prefix in it, e.g. folder/data"),
+        (["d.jsonl"], "folder/", {"overwrite": True}, "--out folder: is a folder; name a prefix in it, e.g. folder/"),
+        (["p"], "texts.jsonl", {"overwrite": True}, "--out texts.jsonl: is a folder; name a prefix in it, e.g. "),
+        (["d.jsonl"], "i", {"overwrite": True}, "--out i: i.idx is a folder; choose another name"),
+        (["d.jsonl"], "b.bin", {"overwrite": True}, "--out b.bin: is a folder; name a prefix in it"),
+        (["d.jsonl"], "b", {"overwrite": True}, "--out b: b.bin is a folder; choose another name"),
+        (["d.jsonl"], "a\0b", {}, "--out 'a\\x00b': is no name that a file can have; choose another one"),
+        (["p"], "a\0b.txt", {}, "--out 'a\\x00b.txt': is no name that a file can have; choose another one"),
+        (["d.jsonl"], "x" * 300, {}, f"{'x' * 300}: cannot be written (File name too long); "),
+        (["p"], "o.jsonl", {"split": "train[1:]"}, "--split train[1:]: none of the 1 documents; choose a wider one"),
+        (["p"], "o.jsonl", {"split": "test[:1]"}, "--split test[:1]: a pair of files has no split 'test'; write train"),
+        (["p"], "o.jsonl", {"split": "train["}, "--split train[: no known form"),
+        (["p"], "o.txt", {"fields": ("a", "b")}, "--fields: has no effect where tokens become .txt text; leave it out"),
+        (["p"], "o.txt", {"template": "raw"}, "--template: has no effect where tokens become .txt text; leave it out"),
+        (["p"], "o.txt", {"template": "instruction", "stop_token": "0"}, "--template: has no effect where tokens"),
+        (["p"], "o.txt", {"template": "rvkw"}, "--template rvkw: "),
+        (["p"], "o.txt", {"subset": "en"}, "--subset: has no effect where tokens become .txt text; leave it out"),
+        (["p"], "o.txt", {"on_bad_line": "skip"}, "--on-bad-line: has no effect where tokens become .txt text; "),
+        (["p"], "o.jsonl", {"separator": "-"}, "--separator: has no effect where tokens become .jsonl text; leave it"),
         (["d.jsonl"], "d.jsonl/o", {}, "d.jsonl/o.partial: cannot be written (Not a directory); "),
     ],
 )  # fmt: skip
@@ -566,6 +609,8 @@ def test_settings_that_cannot_be(
     Path("half.bin").touch()
     Path("folder").mkdir()
     binidx(Path("folder", "q"), b"text")
+    for name in ("texts.jsonl", "i.idx", "b.bin"):
+        Path(name).mkdir()
     write(Path("folder", "d.jsonl"), "a")
     before = left_in(tmp_path)
     with pytest.raises(RwkvPeftError) as error:
@@ -859,6 +904,31 @@ def test_back_to_text_for_reading(tmp_path: Path) -> None:
     assert (tmp_path / "1.txt").read_bytes() == b"a\n\n\n\nb\r\nc\n\na\n\n\n\nb\r\nc"
     run(pair, out=tmp_path / "2.TXT", separator="---")
     assert (tmp_path / "2.TXT").read_bytes() == b"a------b\r\nc"
+
+
+@pytest.mark.parametrize(
+    ("split", "chosen"),
+    [
+        ("train[:3]", "abc"),
+        ("train[2:]", "cde"),
+        ("train[-2:4]", "d"),
+        ("train[20%:60%]", "bc"),
+        ("train[:9]", "abcde"),
+    ],
+)
+def test_a_split_counts_through_all_pairs(tmp_path: Path, split: str, chosen: str) -> None:
+    pairs = binidx(tmp_path / "p", b"a", b"b"), binidx(tmp_path / "q", b"c", b"d", b"e")
+    printed = run(*pairs, out=tmp_path / "o.jsonl", split=split)
+    lines = (tmp_path / "o.jsonl").read_text().splitlines()
+    assert [json.loads(line)["text"] for line in lines] == list(chosen)
+    told = f"{len(chosen)} documents" if len(chosen) == 5 else f"{len(chosen)} of 5 documents"
+    assert printed == f"{tmp_path}/o.jsonl: {told}, 0.0 MB\n"
+
+
+def test_a_template_takes_its_own_end_off(tmp_path: Path) -> None:
+    run(write(tmp_path / "d.jsonl", PAIR), out=tmp_path / "o", template="instruction")
+    run(str(tmp_path / "o"), out=tmp_path / "1.txt", template="instruction")
+    assert (tmp_path / "1.txt").read_text().endswith("### Response:A\n")
 
 
 def test_what_is_no_text_is_counted(tmp_path: Path) -> None:

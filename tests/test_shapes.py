@@ -85,7 +85,21 @@ SHARED = said("human: Q", "gpt: A", keys=("from", "value"))
         ({"prompt": "P", "response": "R", "text": "T"}, None, ["[T¶]"]),
         ({"text": "T", "conversations": SHARED}, None, [PAIR]),
         ({"messages": CHAT, "conversations": said("human: R", "gpt: B", keys=("from", "value"))}, None, [PAIR]),
-        ({"prompt": "Q", "completion": "A", "completions": ["B"], "instruction": "I", "output": "O"}, None, [PAIR]),
+        ({"prompt": "Q", "completion": "A", "completions": ["B"]}, None, [PAIR]),
+        ({"prompt": "P", "completion": "C", "instruction": "Q", "output": "A", "text": "T"}, None, [PAIR]),
+        ({"instruction": "Q", "output": None, "text": "T"}, None, ["[T¶]"]),
+        # an answer of weight 0 is not learnt
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 1}]}, None, [PAIR]),
+        ({"messages": [{**CHAT[0], "weight": 0}, {**CHAT[1], "weight": None}]}, None, [PAIR]),
+        ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}, *said("user: R"), {**CHAT[1], "weight": 1.0}]}, None,
+         ["User: Q\n\nAssistant: A\n\nUser: R\n\nAssistant:[ A¶]"]),
+        ({"conversations": [*SHARED, *said("human: R", keys=("from", "value")), {**SHARED[1], "weight": 0.0}]}, None,
+         [PAIR]),
+        ({"prompt": [CHAT[0], {**CHAT[1], "weight": 0}, CHAT[0]], "completion": "A"}, None,
+         ["User: Q\n\nAssistant: A\n\nUser: Q\n\nAssistant:[ A¶]"]),
+        ({"messages": CHAT, "tools": []}, None, [PAIR]),
+        ({"messages": CHAT, "tools": None}, None, [PAIR]),
+        ({"text": "T", "tools": [{"name": "f"}]}, None, ["[T¶]"]),
         ({"messages": None, "text": None, "prompt": "Q", "response": None, "completion": "A"}, None, [PAIR]),
     ],
 )  # fmt: skip
@@ -141,6 +155,26 @@ def test_a_jinja_file_sees_every_role_and_field(value: Any, expected: str) -> No
     assert marked(segments) == expected
 
 
+TOOLS = JinjaTemplate(
+    "tools.jinja",
+    "{% for tool in tools or [] %}<{{ tool.name }}>{% endfor %}{% for m in messages %}{{ m.role[0] }}:"
+    "{% if m.role == 'assistant' %}{% generation %}{{ m.content }}{% endgeneration %}"
+    "{% else %}{{ m.content }}{% endif %}{% if m.weight is defined %}seen{% endif %}{% endfor %}",
+)
+
+
+@pytest.mark.parametrize("shape", ["messages", "prompt and completion"])
+def test_a_jinja_file_sees_tools_and_learns_by_weight(shape: str) -> None:
+    turns = [CHAT[0], {**CHAT[1], "weight": 0}, *said("user: R", "assistant: B")]
+    whole = {"messages": turns} if shape == "messages" else {"prompt": turns[:-1], "completion": turns[-1:]}
+    [segments] = segments_of({**whole, "tools": [{"name": "f"}, {"name": "g"}]}, None, TOOLS)
+    assert marked(segments) == "<f><g>u:Qa:Au:Ra:[B¶]"
+    [segments] = segments_of(whole, None, TOOLS)
+    assert marked(segments) == "u:Qa:Au:Ra:[B¶]"
+    [segments] = segments_of(whole, None, LISTING)
+    assert marked(segments) == "(user:Q)(assistant:A)(user:R)(assistant:[B¶]"
+
+
 def messages(*roles: str) -> dict[str, object]:
     return {"messages": [{"role": role, "content": "x"} for role in roles]}
 
@@ -174,7 +208,18 @@ BAD: list[tuple[object, str]] = [
     ({"prompt": said("tool: T"), "response": "A"}, "field 'prompt': message 1: field 'role': got 'tool', allowed are"),
     ({"prompt": "Q", "completion": ["A"]}, "field 'completion': message 1: got a string, must be an object"),
     ({"prompt": "Q", "completion": CHAT[:1]}, "no answer tokens: no message is by the assistant"),
-    ({"prompt": CHAT, "completion": CHAT[:1]}, "no answer tokens: no message is by the assistant"),
+    ({"prompt": CHAT, "completion": CHAT[:1]}, "no answer tokens: no answer is to be learnt, since all are of the"),
+    ({"messages": [CHAT[0], {**CHAT[1], "weight": 0}]}, "no answer tokens: no answer is to be learnt, since all are"),
+    *(({"messages": [CHAT[0], {**CHAT[1], "weight": weight}]},
+       f"message 2: field 'weight': got {got}, must be 0 or 1; correct or remove it")
+      for weight, got in ((0.5, "0.5"), (2, "2"), (-1, "-1"), (float("nan"), "nan"), (True, "true/false"),
+                          ("0", "a string"), ([], "a list"))),
+    ({"messages": [{**CHAT[0], "weight": 1}, CHAT[1]]},
+     "message 1: field 'weight': got 1, but only an assistant's message is learnt; remove it"),
+    ({"messages": CHAT, "tools": [{"name": "f"}]},
+     "field 'tools': the template rwkv cannot write it; give --template a Jinja file that can, or remove it"),
+    ({"prompt": "Q", "response": "A", "tools": [{"name": "f"}]}, "field 'tools': the template rwkv cannot write it"),
+    ({"messages": CHAT, "tools": "[]"}, "field 'tools': got a string, must be a list; write it as JSON, or remove it"),
     ({"prompt": "Q", "completion": said("assistant: ")}, "field 'completion': message 1: no answer tokens"),
     ({"prompt": "Q", "completions": "A"}, "field 'completions': got a string, must be a list of answers"),
     ({"prompt": "Q", "completions": []}, "field 'completions': got an empty list, must hold an answer"),
@@ -261,13 +306,14 @@ def test_messages_that_no_jinja_file_sees(message: dict[str, Any], expected: str
 
 names = st.sampled_from(
     ["messages", "conversations", "text", "prompt", "response", "completion", "completions", "instruction", "output",
-     "input", "system", "history", "role", "content", "from", "value", "reasoning", "thinking", "type", "tool_calls"]
+     "input", "system", "history", "role", "content", "from", "value", "reasoning", "thinking", "type", "tool_calls",
+     "weight", "tools"]
 )  # fmt: skip
 leaves = st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(max_size=5), st.sampled_from(
     ["user", "assistant", "system", "human", "gpt", "tool", "text", "A", "<think>r</think>A", "a\ud800"]))  # fmt: skip
 message_like = st.fixed_dictionaries(
     {"role": st.sampled_from(["user", "assistant", "system", "tool"]), "content": leaves},
-    optional={"reasoning": leaves, "tool_calls": leaves},
+    optional={"reasoning": leaves, "tool_calls": leaves, "weight": leaves | st.just(0)},
 )
 values = st.recursive(
     leaves | st.lists(message_like, min_size=1, max_size=4),

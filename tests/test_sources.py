@@ -33,6 +33,7 @@ from rwkv_peft.data.sources import (
     streams,
     texts,
 )
+from rwkv_peft.data.sources.places import has_texts
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError
 
@@ -383,6 +384,9 @@ def test_no_damage_gives_a_traceback(tmp_path_factory: pytest.TempPathFactory, d
         ("a\0b.jsonl", "b.jsonl': names nothing; give the path of a file or folder"),
         ("fifo.jsonl", "fifo.jsonl: is not a regular file; write what it gives into one, and give --data that"),
         ("empty", "empty: holds no file to be read; allowed are .jsonl, .ndjson, .json, .csv"),
+        ("pictures", "pictures: holds no file to be read, but p.png of no known form; allowed are .jsonl, .ndjson"),
+        ("card", "card: holds no file to be read, but README.md, as what tells of the data is called; rename it, or "
+         "give --data the file itself"),
         ("secret.jsonl", "cannot be read (Permission denied); give --data "),
         ("closed", "cannot be read (Permission denied); give --data "),
     ],
@@ -390,7 +394,9 @@ def test_no_damage_gives_a_traceback(tmp_path_factory: pytest.TempPathFactory, d
 def test_paths_that_lead_nowhere(tmp_path: Path, name: str, message: str) -> None:
     os.mkfifo(tmp_path / "fifo.jsonl")
     (tmp_path / "empty").mkdir()
-    (tmp_path / "empty" / "picture.png").touch()
+    written(tmp_path / "empty" / ".hidden", b"")
+    written(tmp_path / "pictures" / "p.png", b"")
+    written(tmp_path / "card" / "README.md", b"# Data")
     written(tmp_path / "secret.jsonl", LINES).chmod(0)
     written(tmp_path / "closed" / "a.jsonl", LINES).parent.chmod(0)
     for folder in (tmp_path, *tmp_path.parents[:2]):
@@ -718,6 +724,39 @@ def test_files_of_a_folder(tmp_path: Path, there: str, split: str, chosen: str, 
     assert origins == [f"{path}:{number}" for path in found.files for number in (1, 2, 3)]
 
 
+@pytest.mark.parametrize(
+    ("there", "notes"),
+    [
+        ("a.jsonl .hidden b.partial/x c.png.partial p.idx p.bin", []),
+        ("a.jsonl c.jsn", ["d: 1 file of no known form left out, the first c.jsn"]),
+        ("a.jsonl s/d.jsonl.bz2 b.jsonl.xz q.bin", ["d: 3 files of no known form left out, the first b.jsonl.xz"]),
+        (
+            "train.jsonl test/b.jsonl test/c.jsn README.md LICENSE s/readme",
+            [
+                "d: 1 file of other splits left out",
+                "d: 1 file of no known form left out, the first test/c.jsn",
+                "d: 3 files about the data left out, the first LICENSE",
+            ],
+        ),
+        ("a.jsonl x\ny", ["d: 1 file of no known form left out, the first 'x\\ny'"]),
+    ],
+)
+def test_every_file_that_is_not_read_is_told(tmp_path: Path, there: str, notes: list[str]) -> None:
+    folder = folder_of(tmp_path, *there.split(" "))
+    found = files_of(folder)
+    assert [note.removeprefix(f"{tmp_path}/") for note in found.notes(folder)] == notes
+    every = [*found.files, *found.left_out, *found.papers, *found.unknown]
+    seen = [name for name in there.split(" ") if name[0] != "." and ".partial" not in name and name[:2] != "p."]
+    assert sorted(names(folder, every)) == sorted(seen)
+
+
+def test_sources_that_hold_text(tmp_path: Path) -> None:
+    folder = folder_of(tmp_path, "train.jsonl", "test.txt.gz")
+    assert [has_texts(folder, split) for split in ("train", "test[:3]")] == [False, True]
+    assert [has_texts(folder / name) for name in ("train.jsonl", "test.txt.gz")] == [False, True]
+    assert not has_texts("owner/name")
+
+
 def test_links_are_followed_but_not_round_and_round(tmp_path: Path) -> None:
     folder = folder_of(tmp_path, "s/a.jsonl")
     (folder / "s" / "loop").symlink_to(folder)
@@ -788,8 +827,9 @@ def test_split(split: str, name: str, of_ten: range, most: int | None) -> None:
 
 
 @pytest.mark.parametrize(
-    "split", ["", "train[", "train[3]", "train[:3.5]", "train[a:b]", "[:3]", "train[:3]x", "train+test", "3"]
-)
+    "split", ["", "train[", "train[3]", "train[:3.5]", "train[a:b]", "[:3]", "train[:3]x", "train+test", "3",
+              f"train[:{'9' * 19}%]"],
+)  # fmt: skip
 def test_splits_of_no_known_form(split: str) -> None:
     with pytest.raises(ConfigError) as caught:
         Split.parse(split)
@@ -797,6 +837,16 @@ def test_splits_of_no_known_form(split: str) -> None:
         str(caught.value)
         == f"--split {split}: no known form; write train, train[:1000], train[1000:] or train[10%:90%]"
     )
+
+
+@pytest.mark.parametrize(
+    ("split", "shown"),
+    [(f"train[{'9' * 400}:]", "'train[999999...99999999999:]'"), ("train\nx", "'train\\nx'")],
+)
+def test_splits_that_are_long_or_no_line_are_shown_short(split: str, shown: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Split.parse(split)
+    assert str(caught.value).startswith(f"--split {shown}: no known form; write train")
 
 
 def test_fingerprints_change_with_the_files(tmp_path: Path) -> None:

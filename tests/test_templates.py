@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from rwkv_peft.data.templates import Message, Segment, Template, find_template
+from rwkv_peft.data.templates import Message, Segment, Template, find_template, sandbox
 from rwkv_peft.data.templates.jinja import JinjaTemplate
 from rwkv_peft.data.templates.named import TEMPLATES
 from rwkv_peft.data.tokenizer import Tokenizer
@@ -479,7 +480,17 @@ LOOP = "{% for m in messages %}"
         ("{{ ''.__class__.__mro__ }}", "t.jinja:1: access to attribute '__class__' of 'str' object is unsafe;"),
         ("{% if messages[0].__class__.__mro__ %}{% endif %}", "t.jinja:1: access to attribute '__class__' of 'dict'"),
         ("{{ messages.append(1) }}", "t.jinja:1: "),
-        ("{% for i in range(999999999) %}{% endfor %}", "t.jinja:1: Range too big. The sandbox blocks ranges"),
+        ("{% for i in range(999999999) %}{% endfor %}", "t.jinja:1: its ranges hold more than 1,000,000 numbers; mend"),
+        ("\n{% for i in range(99999) %}\n{% for j in range(99999) %}{% endfor %}{% endfor %}",
+         "t.jinja:3: its ranges hold more than 1,000,000 numbers; mend"),
+        ("{% set r = range(99999) %}{% for i in r %}\n{% for j in r %}{% endfor %}{% endfor %}",
+         "t.jinja:2: goes on for more than 1,000,000 steps of its loops and macros; mend"),
+        ("{% set r = range(99999) %}{% for i in r | map('string') %}{% for j in r | map('string') %}{% endfor %}"
+         "{% endfor %}", "t.jinja:1: goes on for more than 1,000,000 steps"),
+        ("{% for i in 'a' * 9999 %}{% for j in 'a' * 9999 %}{% endfor %}{% endfor %}", "t.jinja:1: goes on for more"),
+        ("{{ lipsum(1) }}", "t.jinja:1: 'lipsum' is undefined;"),
+        ("{% for i in foo %}{% endfor %}", "t.jinja:1: 'foo' is undefined;"),
+        ("{% for i in none %}{% endfor %}", "t.jinja:1: 'NoneType' object is not iterable;"),
         ("{% macro f() %}{{ f() }}{% endmacro %}\n{{ f() }}", "t.jinja:1: maximum recursion depth exceeded"),
         ("{% include 'x' %}", "t.jinja:1: no loader for this environment specified;"),
         ("{{ 1 // 0 }}", "t.jinja:1: "),
@@ -505,6 +516,51 @@ def test_jinja_files_that_fail(source: str, message: str) -> None:
         jinja(source).render(TURNS[1:])
     assert str(error.value).startswith(message)
     assert str(error.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in [1] recursive %}{{ loop([1, 1]) if loop.depth < 99 }}{% endfor %}",
+        "{% macro f(n) %}{% if n %}{{ f(n - 1) }}{{ f(n - 1) }}{% endif %}{% endmacro %}{{ f(60) }}",
+    ],
+)
+def test_what_calls_itself_comes_to_an_end(source: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sandbox, "MOST_STEPS", 9_000)
+    with pytest.raises(
+        DataError, match=r"^t\.jinja:1: goes on for more than 9,000 steps of its loops and macros; mend"
+    ):
+        jinja(source).render(TURNS[1:])
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{% for i in range(900) %}{% if loop.last %}{{ i }}|{{ loop.length }}{% endif %}{% endfor %}",
+        "{{ range(1000000) | length }}",
+        "{% for r in [range(500000), range(500000)] %}{{ r | sum }}|{% endfor %}",
+        "{% macro f(n) %}{% for i in range(n) %}{{ i }}{% endfor %}{% endmacro %}{{ f(3) }}",
+        "{% for m in messages | selectattr('role') %}{{ loop.length }}{{ loop.revindex }}{% else %}-{% endfor %}",
+        "{% for m in messages if m.role == 'none' %}{% else %}none{% endfor %}",
+        "{% for m in [[1, [2]], [3]] recursive %}{{ loop(m) if m is iterable else m }}{% endfor %}",
+        "{% macro f() %}<{{ caller(1) }}>{% endmacro %}{% call(x) f() %}{{ x }}{% endcall %}",
+    ],
+)
+def test_what_is_counted_is_written_as_jinja_does(source: str) -> None:
+    plain = ImmutableSandboxedEnvironment()
+    plain.globals["range"] = range
+    tagged = "{% generation %}" + source + "{% endgeneration %}"
+    [_, answer] = jinja(tagged).render(TURNS[1:3])
+    assert answer.text == plain.from_string(source).render(messages=[{"role": "user"}, {"role": "assistant"}])
+
+
+@pytest.mark.parametrize(
+    "source", [TAGGED.replace("{% for", "{{ tools | tojson }}{% for", 1), "{{ tools | tojson }}" + PLAIN]
+)
+def test_tools_are_given_to_a_jinja_file(source: str) -> None:
+    [question, *_] = jinja(source).render([u("Q"), a("A")], tools=[{"name": "f"}])
+    assert question.text.startswith('[{"name": "f"}]')
+    assert jinja(source).render([u("Q"), a("A")])[0].text.startswith("null")
 
 
 def test_an_answer_that_later_turns_write_otherwise() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
@@ -125,10 +125,11 @@ def read_corpora(source: str, config: DataConfig, template: Template, encoder: E
     notes: tuple[str, ...] = ()
     if Path(source).is_dir():
         found = files_of(Path(source), config.split)
+        notes = tuple(found.notes(source))
         for prefix in found.pairs:
-            yield from_binidx(open_binidx(str(prefix), encoder.vocab_size), encoder, config.streaming)
-        if found.left_out:
-            notes = (f"{source}: {len(found.left_out)} files of other splits left out",)
+            corpus = from_binidx(open_binidx(str(prefix), encoder.vocab_size), encoder, config.streaming)
+            yield replace(corpus, notes=(*notes, *corpus.notes))
+            notes = ()
         if found.pairs and not found.files:
             return
     items = read_items(source, config.split, config.subset, config.separator, config.special_tokens)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
 
-from ..config import DataConfig, Overlong, Sampling, TrainConfig, shares_of
+from ..config import DataConfig, Overlong, ReadConfig, Sampling, TrainConfig, flag_of, shares_of
 from ..errors import ConfigError, DataError
+from .binidx import is_binidx
 from .corpus import Corpus, read_corpora
 from .masking import Encoded, Flags, encoder_for
 from .sources import Split
@@ -176,8 +177,17 @@ def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None
         corpora, examples, sources, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
         config.ctx_len, config.overlong, config.split, target_tokens=0, long=0, lost=0,
         skipped=sum(corpus.skipped for corpus in corpora), left_out=sum(counts) - len(chosen), held_out=0,
-        notes=[*(note for corpus in corpora for note in corpus.notes), *encoder.notes()],
+        notes=[*(note for corpus in corpora for note in corpus.notes), *encoder.notes(), *without_effect(config)],
     )  # fmt: skip
+
+
+def without_effect(config: DataConfig) -> list[str]:
+    """A line for settings that mean nothing where the data are tokens already."""
+    of_text = ("fields", "template", "stop_token", "subset", "separator")
+    given = [flag_of(f.name) for f in fields(ReadConfig) if f.name in of_text and getattr(config, f.name) != f.default]
+    if given and all(is_binidx(source) for source, _ in shares_of(config.data)):
+        return [f"{' '.join(given)}: no effect, the data are tokens already"]
+    return []
 
 
 def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integers]:

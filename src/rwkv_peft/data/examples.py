@@ -10,6 +10,7 @@ from typing import Any
 
 from ..errors import DataError
 from .templates import Message, Segment, Template
+from .templates.jinja import JinjaTemplate
 from .tokenizer import utf8
 
 # Field of a conversation → its keys for role and content, and the names of the roles
@@ -30,9 +31,11 @@ CONVERSATIONS: Mapping[str, tuple[str, str, dict[str, str]]] = MappingProxyType(
         ),
     }
 )
-PAIRS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "completions"), ("instruction", "output"))
-SHAPES = (("messages",), ("conversations",), ("text",), *PAIRS)
+ALPACA = ("instruction", "output")  # before `text`, since there are files in which that is both of them in a form
+PAIRS = (("prompt", "response"), ("prompt", "completion"), ("prompt", "completions"))
+SHAPES = (("messages",), ("conversations",), ALPACA, ("text",), *PAIRS)
 REASONING = ("reasoning_content", "reasoning", "thinking")
+WEIGHT = "weight"
 JSON_TYPES = {
     dict: "an object",
     list: "a list",
@@ -50,11 +53,12 @@ def segments_of(
 ) -> list[list[Segment]]:
     """The examples in `value`, each as segments: one, but for `completions`, which has one for each answer.
 
-    A string is a text that is learnt as it is, and so is the field `text`. Else, first found first used: the two
-    `fields` (prompt, response) if they are given; `messages` (role, content); `conversations` (from, value); `prompt`
-    and `response`, `completion` or `completions`; `instruction`, perhaps with `input`, and `output`. Where a prompt or
-    a completion is a list of messages, only the completion's answers are learnt. A `system` text beside a conversation
-    or a pair comes first. `every_turn` says that the stop token is the user's own and ends every answer.
+    A string is a text that is learnt as it is, as is the field `text`. Else, first found first used: the two
+    `fields` (prompt, response) if they are given; `messages` (role, content); `conversations` (from, value);
+    `instruction`, perhaps with `input`, and `output`; `text`; `prompt` and `response`, `completion` or `completions`.
+    Where a prompt or a completion is a list of messages, only the completion's answers are learnt, and of no answer
+    those whose `weight` is 0. A `system` text beside a conversation or a pair comes first, and `tools` beside them are
+    for Jinja files. `every_turn` says that the stop token is the user's own and ends every answer.
 
     Raises:
         DataError: `value` cannot be used; without the origin, which the caller knows.
@@ -65,11 +69,38 @@ def segments_of(
         examples = [_document(_text(value, "text"), "field 'text'")]
     else:
         conversations = _conversations(value, fields, template)
-        examples = [template.render(messages, every_turn) for messages in conversations]
+        tools = None if fields else _tools(value, template)
+        examples = [_render(messages, template, every_turn, tools) for messages in conversations]
     for segments in examples:
         for segment in segments:
             utf8(segment.text)
     return examples
+
+
+def _render(messages: list[Message], template: Template, every_turn: bool, tools: list[Any] | None) -> list[Segment]:
+    """The segments of a conversation, in which `tools` can be called."""
+    answers = [message.learnt for message in messages if message.role == "assistant"]
+    if answers and not any(answers):
+        raise DataError(
+            "no answer tokens: no answer is to be learnt, since all are of the prompt or have the 'weight' 0; give one "
+            "the weight 1, or remove the example"
+        )
+    if tools and isinstance(template, JinjaTemplate):
+        return template.render(messages, every_turn, tools)
+    return template.render(messages, every_turn)
+
+
+def _tools(value: dict[str, Any], template: Template) -> list[Any] | None:
+    """The tools that a conversation may call."""
+    tools = value.get("tools")
+    if not isinstance(tools, list | None):
+        raise DataError(f"field 'tools': got {_type(tools)}, must be a list; write it as JSON, or remove it")
+    if tools and not isinstance(template, JinjaTemplate):
+        raise DataError(
+            f"field 'tools': the template {template.name} cannot write it; give --template a Jinja file that can, or "
+            "remove it"
+        )
+    return tools or None
 
 
 def _document(text: str, place: str) -> list[Segment]:
@@ -84,7 +115,7 @@ def _shape(value: dict[str, Any]) -> tuple[str, ...]:
         for shape in SHAPES:
             if all(map(is_there, shape)):
                 return shape
-    pairs = ", ".join(f"{first!r} with {second!r}" for first, second in PAIRS)
+    pairs = ", ".join(f"{first!r} with {second!r}" for first, second in (*PAIRS, ALPACA))
     raise DataError(
         f"none of the fields 'messages', 'conversations', 'text', {pairs}: the line has {_names(value)}; say which two "
         "are prompt and response with --fields PROMPT RESPONSE"
@@ -99,7 +130,7 @@ def _conversations(value: dict[str, Any], fields: tuple[str, str] | None, templa
     system = _system(value)
     if shape[0] in CONVERSATIONS:
         found = [_messages(value[shape[0]], shape[0], template)]
-    elif shape == ("instruction", "output"):
+    elif shape == ALPACA:
         found = [[Message("user", _instruction(value)), *_completion(value, "output", template)]]
     elif shape == ("prompt", "completions"):
         prompt = _prompt(value, "prompt", template)
@@ -210,10 +241,25 @@ def _messages(found: Any, name: str, template: Template, where: str = "") -> lis
             content = _content(message.get(content_key), bool(message.get("tool_calls")))
         except DataError as error:
             raise DataError(f"{place}: field {content_key!r}: {error}") from None
-        more = {key: field for key, field in message.items() if field is not None}
-        more = {key: field for key, field in more.items() if key not in (role_key, content_key)}
-        messages.append(Message(roles.get(role, role), content, _reasoning(message, place), more=more, place=place))
+        role = roles.get(role, role)
+        own = (role_key, content_key, WEIGHT)
+        more = {key: field for key, field in message.items() if field is not None and key not in own}
+        learnt = _is_learnt(message, role, place)
+        messages.append(Message(role, content, _reasoning(message, place), learnt, more, place))
     return messages
+
+
+def _is_learnt(message: dict[str, Any], role: str, place: str) -> bool:
+    """Whether the weight of a message, as OpenAI's files have it, says that it is learnt, if it is an answer."""
+    weight = message.get(WEIGHT)
+    if weight is None:
+        return True
+    if type(weight) not in (int, float) or weight not in (0, 1):  # not true, which is 1 to Python
+        got = reprlib.repr(weight) if type(weight) in (int, float) else _type(weight)
+        raise DataError(f"{place}: field {WEIGHT!r}: got {got}, must be 0 or 1; correct or remove it")
+    if weight and role != "assistant":
+        raise DataError(f"{place}: field {WEIGHT!r}: got 1, but only an assistant's message is learnt; remove it")
+    return bool(weight)
 
 
 def _content(value: Any, may_lack: bool) -> str:

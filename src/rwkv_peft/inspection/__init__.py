@@ -21,13 +21,17 @@ def run_inspect(config: InspectConfig, console: Console | None = None) -> None:
         DataError: a source of data that cannot be read at all; what is wrong with its examples is only told.
         OutputError: the picture cannot be written.
     """
-    from .weights import is_run, is_weights
+    from .weights import is_best, is_run, is_weights
 
     config.check()
+    if config.picture and "\0" in str(config.picture):
+        raise ConfigError(f"--picture {str(config.picture)!r}: is no name that a file can have; choose another one")
     if config.picture and config.picture.suffix.lower() != ".png":
         raise ConfigError(f"--picture {config.picture}: must end in .png, which it will be; rename it")
     console = console or Console()
-    weights = [source for source, _ in shares_of(config.data) if is_weights(source) or is_run(source)]
+    weights = [
+        source for source, _ in shares_of(config.data) if is_weights(source) or is_run(source) or is_best(source)
+    ]
     data = [source for source in config.data if source not in weights]
     for number, path in enumerate(weights):
         say(console, *[""] * (number > 0))
@@ -39,10 +43,13 @@ def run_inspect(config: InspectConfig, console: Console | None = None) -> None:
 
 def inspect_weights(path: str, console: Console) -> None:
     """Tell what a model, adapter or state is, or each of those that a run has written."""
-    from .weights import is_weights, weights_of_run, weights_rows
+    from .weights import is_best, is_weights, weights_of_run, weights_rows
 
     every = [path]
-    if not is_weights(path):
+    if is_best(path):
+        every = weights_of_run(path)
+        say(console, f"{path} is taken for the best of a run")
+    elif not is_weights(path):
         every = weights_of_run(path)
         say(console, f"{path} is taken for the folder of a run")
     for place in every:

@@ -26,7 +26,9 @@ Row = tuple[str, str]
 
 MOST_REASONS = 5
 STOPS = "hold the stop token"  # in the note of the encoder, which does not say where
-EMPTY = re.compile("no answer tokens(?!: no message is by)")  # in messages of items that have an empty answer
+EMPTY = re.compile(
+    "no answer tokens(?!: no (?:message is by|answer is to be))"
+)  # in messages of items that have an empty answer
 # What differs between messages of one kind: quoted texts and numbers
 DETAILS = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|0x[0-9a-f]+|\d+")
 

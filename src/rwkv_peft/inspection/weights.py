@@ -44,9 +44,19 @@ def is_run(path: str) -> bool:
     return {"config.yaml", "metrics.jsonl"} <= _names_in(Path(path))
 
 
+def is_best(path: str) -> bool:
+    """Whether a path is what a run has kept as its best: a folder that holds an adapter folder or a model only."""
+    names = _names_in(Path(path))
+    return names == {"model.pth"} or (names == {"adapter"} and bool(_names_in(Path(path) / "adapter") & set(FILES)))
+
+
 def weights_of_run(path: str) -> list[str]:
-    """The adapters and models that a run has written. Raises CheckpointError if there is none."""
-    found = [str(Path(path) / name) for name in ("adapter", "model.pth", "best") if (Path(path) / name).exists()]
+    """The adapters and models that a run has written, the last and then the best; or of its best those alone.
+
+    Raises CheckpointError if there is none.
+    """
+    places = [folder / name for folder in (Path(path), Path(path, "best")) for name in ("adapter", "model.pth")]
+    found = [str(place) for place in places if place.exists()]
     if not found:
         raise CheckpointError(f"{path}: is the folder of a run that has written nothing yet; name a file to look at")
     return found

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ..config import PrepareConfig
-from ..data.binidx import BinidxWriter
+from ..data.binidx import BinidxWriter, prefix_of
 from ..data.sources import Split, fingerprint
 from ..errors import ConfigError, DataError
 from ..files import output_errors, write_text
@@ -98,6 +98,19 @@ def refuse_existing(path: Path) -> None:
     """Raise ConfigError if there is something in the place of an output."""
     if path.exists():
         raise ConfigError(f"--out {path}: is there already; choose another name, or use --overwrite")
+
+
+def refuse_folders(out: Path) -> None:
+    """Raise ConfigError if a folder, or no name at all, stands where a file is to be written for --out."""
+    if "\0" in str(out):
+        raise ConfigError(f"--out {str(out)!r}: is no name that a file can have; choose another one")
+    prefix = prefix_of(str(out))
+    with output_errors(out):
+        if out.is_dir():
+            raise ConfigError(f"--out {out}: is a folder; name a prefix in it, e.g. {out / 'data'}")
+        for path in (Path(f"{prefix}.idx"), Path(f"{prefix}.bin")):
+            if path.is_dir():
+                raise ConfigError(f"--out {out}: {path} is a folder; choose another name")
 
 
 class Partial:

@@ -21,11 +21,12 @@ from rich.console import Console
 from ..config import PrepareConfig, shares_of
 from ..data.binidx import is_binidx, magic_prime, prefix_of, put_in_place
 from ..data.sources import Piece, Split, files_of, read_pieces, size_of
+from ..data.sources.places import has_texts, kind_of
 from ..errors import ConfigError, DataError
 from .encoding import Block, BlockEncoder, Counts, Recipe, blocks_of
 from .lock import locked
 from .progress import MB, progress_bar
-from .resume import Partial, State, cut_off, find_state, refuse_existing, remove, settings_of
+from .resume import Partial, State, cut_off, find_state, refuse_existing, refuse_folders, remove, settings_of
 from .to_text import TEXT_SUFFIXES, write_back
 from .workers import Workers
 
@@ -50,6 +51,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> None:
     if any(share is not None for _, share in shares_of(config.data)):
         raise ConfigError(f"--data {' '.join(config.data)}: shares are for training; leave them out, all is prepared")
     pairs = [source for source in config.data if is_binidx(source)]
+    refuse_folders(config.out)
     if config.out.suffix.lower() in TEXT_SUFFIXES:
         if len(pairs) < len(config.data):
             raise ConfigError(f"--out {config.out}: text is made of binidx pairs only; give --out the prefix of a pair")
@@ -62,6 +64,7 @@ def prepare(config: PrepareConfig, console: Console | None = None) -> None:
         prefix = prefix_of(str(config.out))
         encoder = BlockEncoder(Recipe.of(config))
         notes = [note for source in config.data for note in _left_out(source, config.split)]
+        notes += _idle(config)
         settings = settings_of(config, encoder.recipe, encoder.stop)
         with locked(prefix) as note:
             notes += [note] * bool(note)
@@ -83,6 +86,7 @@ def _to_tokens(
         raise DataError(f"{state.counts.problem} (the first of {state.counts.skipped} skipped; none is left)")
     first, last, _ = split.of(state.documents).indices(state.documents)
     if first >= last:
+        remove(prefix)
         raise DataError(f"--split {config.split}: none of the {state.documents:,} documents; choose a wider one")
     cut_off(prefix, state.tokens)
     tokens = put_in_place(prefix, first, last)
@@ -189,8 +193,15 @@ def _left_out(source: str, split: str) -> Iterator[str]:
     found = files_of(source, split)
     if found.pairs:
         raise ConfigError(f"--data {source}: holds tokens already, {found.pairs[0]}.bin; name the files of text in it")
-    if found.left_out:
-        yield f"{source}: {len(found.left_out)} files of other splits left out"
+    yield from found.notes(source)
+
+
+def _idle(config: PrepareConfig) -> Iterator[str]:
+    """What should be told of settings that were given and change nothing."""
+    if config.separator and not any(has_texts(source, config.split) for source in config.data):
+        yield "--separator: no effect, no source is a text file"
+    if config.subset and not any(kind_of(source) == "hub" for source in config.data):
+        yield "--subset: no effect, no source is a dataset of the hub"
 
 
 def _done(state: State) -> str:

@@ -37,7 +37,7 @@ SAID = {
     r"BuilderConfig (.*?) not found.*?(\[.*?\])": (r"has no configuration \1, but \2", "correct --subset"),
     r"[Uu]nknown split (.*?)\. .*?(\[.*?\])": (r"has no split \1, but \2", "correct --split"),
     r"Bad split: (.*?)\. .*?(\[.*?\])": (r"has no split \1, but \2", "correct --split"),
-    r"(?i:couldn't reach|locate the file|offline|connection|timed out|server error)": (
+    r"(?i:couldn't reach|locate the file|offline|connection|timed out|server error|name or service|name resolution)": (
         "no file or folder here, and the hub cannot be reached",
         "correct the path, or check the connection and try again",
     ),

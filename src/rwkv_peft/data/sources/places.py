@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import reprlib
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,6 +25,7 @@ SPLIT_WORDS = {
     "validation": ("validation", "valid", "val", "dev"),
     "test": ("test", "testing", "eval", "evaluation"),
 }
+LONGEST_SHOWN = 60  # letters of a split in a message
 PAPERS = ("readme", "license", "licence")  # files that tell of a folder's data and are none
 
 
@@ -40,8 +42,9 @@ class Split:
         """Read `train`, `train[:1000]`, `train[10%:90%]`, `test[-50:]`. Raises ConfigError if it has another form."""
         form = SPLIT.fullmatch(text.strip())
         if form is None:
+            shown = text if text.isprintable() and len(text) <= LONGEST_SHOWN else reprlib.repr(text)
             raise ConfigError(
-                f"--split {text}: no known form; write train, train[:1000], train[1000:] or train[10%:90%]"
+                f"--split {shown}: no known form; write train, train[:1000], train[1000:] or train[10%:90%]"
             )
         return cls(form[1], ((form[2], form[3]), (form[4], form[5])))
 
@@ -80,8 +83,7 @@ class Files:
         if self.unknown:
             kinds.append(f"{_count(self.unknown)} of no known form left out, the first {_first(self.unknown, folder)}")
         if self.papers:
-            first = _first(self.papers, folder)
-            kinds.append(f"{_count(self.papers)} left out that tell of the data and are none, the first {first}")
+            kinds.append(f"{_count(self.papers)} about the data left out, the first {_first(self.papers, folder)}")
         return [f"{folder}: {kind}" for kind in kinds]
 
 
@@ -117,6 +119,13 @@ def form_of(path: Path) -> str:
     if suffixes and suffixes[-1] in PACKERS:
         suffixes.pop()
     return suffixes[-1] if suffixes and suffixes[-1] in SUFFIXES else ""
+
+
+def has_texts(path: str | Path, split: str = "train") -> bool:
+    """Whether a source is, or holds, a file of plain text. Raises what `kind_of` and `files_of` do."""
+    kind = kind_of(os.fspath(path))
+    files = files_of(path, split).files if kind == "folder" else [Path(path)] if kind == "file" else []
+    return any(form_of(file) in TEXTS for file in files)
 
 
 def files_of(folder: str | Path, split: str = "train") -> Files:

@@ -84,12 +84,24 @@ class JinjaTemplate(Template):
         return segments
 
     def prompt_segments(self, messages: Sequence[Message], every_turn: bool = False) -> list[Segment]:
-        text = self.marks.sub(lambda mark: mark[0] if mark[1] == STOP else "", self._text(messages, True, None))
-        return self._segments([(text, False)])
+        return [replace(segment, target=False) for segment in self._segments(self._prompt_parts(messages))]
 
-    def _tagged(self, messages: Sequence[Message], tools: Sequence[Any] | None) -> list[Part]:
+    def _prompt_parts(self, messages: Sequence[Message]) -> list[Part]:
+        """Parts of a conversation and of the prompt behind it, its answers apart as in training."""
+        if self.has_tags:
+            return self._tagged(messages, None, add_generation_prompt=True)
+        answers = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        parts = self._differences(messages[: answers[-1] + 1] if answers else [], None)
+        text, done = self._text(messages, True, None), "".join(part for part, _ in parts)
+        if not text.startswith(done):
+            return [(text, False)]
+        return [*parts, (text[len(done) :], False)]
+
+    def _tagged(
+        self, messages: Sequence[Message], tools: Sequence[Any] | None, add_generation_prompt: bool = False
+    ) -> list[Part]:
         """Parts of a conversation whose answers stand between generation tags."""
-        text, *pieces = self.marks.split(self._text(messages, False, tools))
+        text, *pieces = self.marks.split(self._text(messages, add_generation_prompt, tools))
         parts: list[Part] = []
         inside = False
         for kind, piece in [*zip(pieces[::2], pieces[1::2], strict=True), (START, "")]:
