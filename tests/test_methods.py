@@ -151,6 +151,20 @@ def distance(got: Tensor, want: Tensor) -> float:
     return float((got.double() - want.double()).norm() / want.double().norm().clamp_min(1e-30))
 
 
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_padding_on_either_side_changes_no_logits(version: str, side: str, load: Callable[..., Rwkv]) -> None:
+    model, random = load(version=version), np.random.default_rng(5)
+    rows = [Encoded(random.integers(0, 257, n + 1, np.int32), np.ones(n + 1, np.bool_)) for n in (1, 40, 16, 7)]
+    batch = padded(rows, side)
+    with torch.no_grad():
+        logits = model(batch.tokens, cu_seqlens=batch.cu_seqlens)[0].view(len(rows), 40, -1)
+        for row, got in zip(rows, logits, strict=True):
+            alone = model(torch.from_numpy(row.ids[None, :-1].astype(np.int64)))[0][0]
+            real = got[: row.inputs] if side == "right" else got[-row.inputs :]
+            assert difference(real, alone) <= 1e-5
+
+
 def gradients(model: Rwkv, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
     """The loss of a step with these batches, and its gradients."""
     total = 0.0

@@ -25,7 +25,7 @@ from rwkv_peft.data.packing import best_fit
 from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.sources import read_items, texts
 from rwkv_peft.data.tokenizer import Tokenizer
-from rwkv_peft.errors import ConfigError, DataError
+from rwkv_peft.errors import ConfigError, DataError, OutputError
 from rwkv_peft.preparation import prepare
 
 BYTE = Tokenizer.byte()
@@ -540,6 +540,14 @@ def test_a_spool_is_what_was_put_in(pieces: list[list[int]], most: int) -> None:
     for piece in pieces:
         spool.add(np.array(piece, np.int64))
     assert spool.array().tolist() == [i for piece in pieces for i in piece]
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full on this system")
+def test_a_full_disk_is_one_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write(tmp_path, *LINES)
+    monkeypatch.setattr("tempfile.TemporaryFile", lambda: open("/dev/full", "w+b"))  # noqa: PTH123, SIM115
+    with pytest.raises(OutputError, match=r"cannot be written \(No space left on device\); make room"):
+        load(path, streaming=True)
 
 
 def test_held_out_examples_are_not_trained_on(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import numpy.typing as npt
 
 from ..config import DataConfig, InspectConfig
 from ..errors import ConfigError, DataError
+from ..files import output_errors
 from .binidx import Binidx, is_binidx, open_binidx
 from .examples import SHAPES, segments_of
 from .masking import Encoded, Encoder, Flags, Ids
@@ -98,7 +99,8 @@ class Spool:
             self.pieces = [whole]
             return whole
         self._write()
-        self.file.flush()
+        with output_errors(Path(tempfile.gettempdir())):
+            self.file.flush()
         if not self.length:
             return np.empty(0, self.dtype)
         return np.memmap(self.file, self.dtype, "r", shape=(self.length,))
@@ -106,7 +108,8 @@ class Spool:
     def _write(self) -> None:
         assert self.file is not None
         if self.pieces:
-            np.concatenate(self.pieces).tofile(self.file)
+            with output_errors(Path(tempfile.gettempdir())):
+                self.file.write(np.concatenate(self.pieces).data)
             self.pieces.clear()
         self.waiting = 0
 
