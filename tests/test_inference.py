@@ -325,6 +325,12 @@ def test_chat_leaves_the_state_that_training_would_see(
     assert difference(session.logits, logits[0, -1]) <= 1e-5
 
 
+INSTRUCTION = (
+    "Below is an instruction that describes a task. Write a response that appropriately completes the request.\n\n"
+    "### Instruction:\n{}\n\n### Response:"
+)
+
+
 class Recorder:
     """A session that records what it reads, and answers as it is told."""
 
@@ -354,6 +360,7 @@ class Recorder:
          ["User: one\n\nAssistant: <think>\n</think",
           "User: one\n\nAssistant: <think>\n</think>\nA\n\nUser: two\n\nAssistant: <think>\n</think"]),
         ({"template": "raw"}, ["A", "B"], ["one", "oneAtwo"]),
+        ({"template": "instruction"}, ["A", "B"], [INSTRUCTION.format(text) for text in ("one", "two")]),
         ({}, ["", "B"], ["User: one\n\nAssistant:", "User: one\n\nUser: two\n\nAssistant:"]),
     ],
 )  # fmt: skip
@@ -390,12 +397,15 @@ def test_chat_says_at_once_what_cannot_be_written(monkeypatch: pytest.MonkeyPatc
         run_chat(ChatConfig(Path("m.pth"), template="instruction", system="S"))
 
 
-def test_chat_takes_the_stop_token_of_its_template(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_chat_takes_the_stop_token_of_its_template(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines, session = iter(["one", "two", "/exit"]), Recorder(["A\n", "B"])
     monkeypatch.setattr("builtins.input", lambda prompt: next(lines))
     monkeypatch.setattr(chat_repl, "open_session", lambda config: session)
     run_chat(ChatConfig(Path("m.pth"), template="instruction"))
     assert session.stop_token == 24
+    assert "begun anew" not in capsys.readouterr().out
     assert all(text.startswith("Below is an ") and text.endswith("### Response:") for text in session.read_texts)
     assert [text.count("###") for text in session.read_texts] == [2, 2]  # each question by itself
 
@@ -425,6 +435,11 @@ def test_an_adapter_tells_chat_how_it_was_trained(
     monkeypatch.chdir(tmp_path)
     base = model_file(vocab_size=300)
     run = rp.train(rp.TrainConfig(base, ["data.jsonl"], tmp_path / "run", max_steps=1, device="cpu", **settings))
+    again = rp.train(
+        rp.TrainConfig(base, ["data.jsonl"], tmp_path / "again", adapter=run.result, max_steps=1, device="cpu")
+    )
+    forms = [json.loads((result / "rwkv_peft.json").read_text()).get("form") for result in (run.result, again.result)]
+    assert forms[0] == forms[1]  # going on takes it up
     (tmp_path / "form.jinja").unlink()  # the folder has what it needs
     sessions: list[Conversation] = []
     lines = iter(["hi", "/exit"])

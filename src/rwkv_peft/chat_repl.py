@@ -59,6 +59,7 @@ class Conversation:
         message = self.template.reply("".join(pieces))
         if message.content.strip():
             self.messages.append(message)
+        if message.content.strip() and not self.template.single_turn:
             try:
                 self.template.prompt_segments([*self.messages, Message("user", "")], self.every_turn)
             except DataError as error:

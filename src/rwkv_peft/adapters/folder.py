@@ -121,7 +121,9 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
     if is_first:
         own = [f"{name}.{key}" for name, layer in adapted(model) for key in layer.trained()]
         make_trainable(model, [*own, *saved.parts])
-        model.adapter_config, model.form = config, saved.form
+        model.adapter_config = config
+    if model.form == ChatForm():  # of several, the first that has one
+        model.form = saved.form
     model.adapter_count += 1
 
 

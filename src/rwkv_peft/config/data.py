@@ -59,7 +59,9 @@ class ReadConfig:
 
     def __post_init__(self) -> None:
         self.data = [os.fspath(path) for path in words(self.data)]
-        self.special_tokens = words(self.special_tokens)
+        self.special_tokens, self.template = words(self.special_tokens), os.fspath(self.template)
+        if self.stop_token is not None:
+            self.stop_token = str(self.stop_token)
 
     def check_reading(self) -> None:
         """Raise `ConfigError` where a value cannot be."""

@@ -59,10 +59,14 @@ class Dataset:
     ctx_len: int
     overlong: Overlong
     split: str
+    tokens: int
+    """Tokens that the model reads, if it sees every piece once."""
     target_tokens: int
     """Tokens that the model is trained to predict, if it sees every piece once."""
     long: int
     """Examples longer than the context length."""
+    empty: int
+    """Rows of them that are left out, since nothing in them is learnt."""
     lost: int
     """Examples of which some or all targets are not trained on, because they are too long."""
     skipped: int
@@ -109,10 +113,12 @@ class Dataset:
             examples = f"{len(self.examples):,} of {plural(len(self.examples) + self.left_out, 'example')}"
         if self.split != "train":
             examples += f" ({self.split})"
-        parts = [f"{examples}, {plural(int(self.pieces.inputs.sum()), 'token')} ({self.target_tokens:,} trained on)"]
+        parts = [f"{examples}, {plural(self.tokens, 'token')} ({self.target_tokens:,} trained on)"]
         if self.long:
             loss = f" ({self.lost:,} lost answer tokens)" if self.lost else ""
             parts.append(f"{self.long:,} longer than --ctx-len {self.ctx_len}: {DEEDS[self.overlong]}{loss}")
+        if self.empty:
+            parts.append(f"{plural(self.empty, 'row')} of prompt alone left out")
         if self.held_out:
             parts.append(f"{self.held_out:,} held out")
         if self.skipped:
@@ -175,7 +181,7 @@ def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None
             )
     return Dataset(
         corpora, examples, sources, examples, np.arange(len(examples) + 1), [share for _, share in shares if share],
-        config.ctx_len, config.overlong, config.split, target_tokens=0, long=0, lost=0,
+        config.ctx_len, config.overlong, config.split, tokens=0, target_tokens=0, long=0, empty=0, lost=0,
         skipped=sum(corpus.skipped for corpus in corpora), left_out=sum(counts) - len(chosen), held_out=0,
         notes=[*(note for corpus in corpora for note in corpus.notes), *encoder.notes(), *without_effect(config)],
     )  # fmt: skip
@@ -224,12 +230,17 @@ def fit(whole: Dataset, chosen: Integers, sampling: Sampling = "pack") -> Datase
     """
     examples, ctx_len = whole.examples.of(chosen), whole.ctx_len
     if sampling == "get":
-        firsts = sum(
-            int(whole.learns_first(i, examples.start[examples.corpus == i]).sum()) for i in range(len(whole.corpora))
-        )
+        learnt = np.zeros(len(chosen), np.bool_)  # the first token of each example
+        for i in range(len(whole.corpora)):
+            mine = examples.corpus == i
+            learnt[mine] = whole.learns_first(i, examples.start[mine])
+        source = whole.source[chosen]
+        begins = np.unique(source, return_index=True)[1] if whole.shares else np.array([0])  # nothing comes before
+        learnt[begins] = False
         return replace(
-            whole, examples=examples, source=whole.source[chosen], pieces=examples, first=np.arange(len(chosen) + 1),
-            target_tokens=int(count_targets(whole.corpora, examples).sum()) + firsts,
+            whole, examples=examples, source=source, pieces=examples, first=np.arange(len(chosen) + 1),
+            tokens=int(examples.inputs.sum()) + len(chosen) - len(begins),
+            target_tokens=int(count_targets(whole.corpora, examples).sum() + learnt.sum()),
         )  # fmt: skip
     long = examples.inputs > ctx_len
     count = np.ones(len(chosen), np.int64)
@@ -251,17 +262,18 @@ def fit(whole: Dataset, chosen: Integers, sampling: Sampling = "pack") -> Datase
             f"{names}: no row is left: with --ctx-len {ctx_len} and --overlong {whole.overlong}, no example keeps an "
             "answer token; use --overlong split or a longer --ctx-len"
         )
-    for source in range(len(whole.shares)):
-        if not (whole.source[chosen][example[kept]] == source).any():
+    for number in range(len(whole.shares)):
+        if not (whole.source[chosen][example[kept]] == number).any():
             raise DataError(
-                f"--data: source {source + 1} has a share, but with --ctx-len {ctx_len} and --overlong "
+                f"--data: source {number + 1} has a share, but with --ctx-len {ctx_len} and --overlong "
                 f"{whole.overlong} none of its examples keeps an answer token; use split, or leave it out"
             )
     wanted = count_targets(whole.corpora, examples)
     first = np.concatenate(([0], np.bincount(example[kept], minlength=len(chosen)).cumsum()))
     return replace(
         whole, examples=examples, source=whole.source[chosen], pieces=pieces.of(kept), first=first,
-        target_tokens=int(targets.sum()), long=int(long.sum()), lost=int((per_example < wanted).sum()),
+        tokens=int(inputs[kept].sum()), target_tokens=int(targets.sum()), long=int(long.sum()),
+        empty=int((~kept).sum()), lost=int((per_example < wanted).sum()),
     )  # fmt: skip
 
 

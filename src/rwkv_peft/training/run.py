@@ -116,9 +116,12 @@ def saved_adapter(config: TrainConfig) -> SavedAdapter | None:
 
 
 def going_on(config: TrainConfig, saved: SavedAdapter | None) -> TrainConfig:
-    """With the method of the adapter to go on with, and the rates that suit what it trains."""
+    """With the method of the adapter to go on with, its form of conversations, and the rates that suit it."""
     if saved is None:
         return config
+    form = saved.form
+    if ChatForm(config.template, "", config.stop_token, config.special_tokens) == ChatForm():
+        config = replace(config, template=form.template, stop_token=form.stop_token, special_tokens=form.special_tokens)
     if config.peft == TrainConfig.peft:
         config = replace(config, peft=saved.config.peft if saved.config else "state")
     if config.lr is None and not all(name.endswith(STATES) for name in (*saved.tensors, *saved.parts)):
