@@ -577,6 +577,20 @@ def test_each_source_gives_its_part_to_be_held_out(tmp_path: Path) -> None:
         assert len(Sampler(train, "pack", 4).rows(0)) > 0
 
 
+def test_held_out_of_sources_of_one_example_each(tmp_path: Path) -> None:
+    """And what was skipped or left out is told once, of what is trained on."""
+    paths = [str(write(tmp_path, {"text": f"text {i}"}, "{", name=f"{i}.jsonl")) for i in range(5)]
+    config = TrainConfig(
+        Path("m"), paths, Path("o"), eval_fraction=0.25, split="train[:4]", on_bad_line="skip", ctx_len=64
+    )
+    train, held = load_for_training(config, BYTE)
+    assert held is not None
+    assert train.summary().startswith("3 of 5 examples (train[:4]), ")
+    assert "1 held out" in train.summary() and "skipped" in train.summary()
+    assert held.summary().startswith("1 example (train[:4]), ")
+    assert "skipped" not in held.summary()
+
+
 def test_a_share_of_nothing(tmp_path: Path) -> None:
     long, short = write(tmp_path, {"text": "x" * 50}, name="l.jsonl"), write(tmp_path, {"text": "y"}, name="s.jsonl")
     config = TrainConfig(Path("m"), [f"{long}:0.9", f"{short}:0.1"], Path("o"), ctx_len=8, overlong="drop")

@@ -110,7 +110,8 @@ class Dataset:
         """One line that tells what is trained on and hides no loss."""
         examples = plural(len(self.examples), "example")
         if self.left_out:
-            examples = f"{len(self.examples):,} of {plural(len(self.examples) + self.left_out, 'example')}"
+            every = len(self.examples) + self.held_out + self.left_out
+            examples = f"{len(self.examples):,} of {plural(every, 'example')}"
         if self.split != "train":
             examples += f" ({self.split})"
         parts = [f"{examples}, {plural(self.tokens, 'token')} ({self.target_tokens:,} trained on)"]
@@ -143,15 +144,15 @@ def load_for_training(
     """What is trained on, and what the loss is measured on, if anything. Raises as `load_dataset` does."""
     whole = read(config, tokenizer, vocab_size)
     if config.eval_data:
-        other = replace(config, data=list(config.eval_data), eval_data=(), eval_fraction=0.0, split="train")
-        return fit(whole, every(whole), config.sampling), load_dataset(
-            replace(other, sampling="pack"), tokenizer, vocab_size
+        other = replace(
+            config, data=list(config.eval_data), eval_data=(), eval_fraction=0.0, split="train", sampling="pack"
         )
+        return fit(whole, every(whole), config.sampling), load_dataset(other, tokenizer, vocab_size)
     if not config.eval_fraction:
         return fit(whole, every(whole), config.sampling), None
     held, rest = hold_out(whole, config.eval_fraction, config.seed)
     train = fit(replace(whole, held_out=len(held)), rest, config.sampling)
-    return train, fit(replace(whole, shares=[], notes=[]), held)
+    return train, fit(replace(whole, shares=[], notes=[], skipped=0, left_out=0), held)
 
 
 def read(config: DataConfig, tokenizer: Tokenizer, vocab_size: int | None = None) -> Dataset:
@@ -197,11 +198,13 @@ def without_effect(config: DataConfig) -> list[str]:
 
 
 def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integers]:
-    """Which examples are held out, of each source its share, and which are left, each in their order.
+    """Which examples are held out, and which are left, each in their order.
 
-    Raises ConfigError if either is none.
+    Where sources have shares, each gives its part, so that none is left without examples. Raises ConfigError if either
+    is none.
     """
-    counts = np.bincount(whole.source)
+    group = whole.source if whole.shares else np.zeros(len(whole.source), np.int64)
+    counts = np.bincount(group)
     out = np.minimum(np.rint(share * counts).astype(np.int64), np.maximum(counts - 1, 0))
     if not out.any():
         out[counts.argmax()] = 1
@@ -211,7 +214,7 @@ def hold_out(whole: Dataset, share: float, seed: int) -> tuple[Integers, Integer
             "name other examples with --eval-data"
         )
     random = np.random.default_rng([HELD_OUT, seed])
-    held = [random.permutation(np.flatnonzero(whole.source == i))[:n] for i, n in enumerate(out.tolist())]
+    held = [random.permutation(np.flatnonzero(group == i))[:n] for i, n in enumerate(out.tolist())]
     is_held = np.zeros(len(whole.examples), np.bool_)
     is_held[np.concatenate(held)] = True
     return np.flatnonzero(is_held), np.flatnonzero(~is_held)
