@@ -19,6 +19,8 @@ from torch import Tensor
 import rwkv_peft as rp
 from rwkv_peft.models import Rwkv, find_version
 
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")  # kernels run on the CPU, one program after the other
 torch.set_num_threads(1)  # the models are so small that threads would only wait for one another
 
 

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import rwkv_peft as rp
 from conftest import PypiRwkv, difference, random_rwkv7, random_tokens
-from rwkv_peft.adapters import merge_adapter, unmerge_adapter
+from rwkv_peft.adapters import ADAPTERS, AdaptedLinear, merge_adapter, unmerge_adapter
 from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig
@@ -608,3 +608,103 @@ def test_absurd_settings_in_a_folder(name: str, content: str, load: Callable[...
     with pytest.raises(CheckpointError) as error:
         rp.load_adapter(load(**SIZES), tmp_path / "a")
     assert "\n" not in str(error.value)
+
+
+# --- fewer passes, the same numbers
+
+
+FUSED = {
+    "lora": AdapterConfig("lora", 4, 6.5),
+    "pissa": AdapterConfig("pissa", 4, 6.5),
+    "bone": AdapterConfig("bone", 6),
+    "bone, no divisor": AdapterConfig("bone", 7),
+    "bone, one shard": AdapterConfig("bone", 24),
+    "bat": AdapterConfig("bat", 6),
+}
+
+
+def frozen_layer(config: AdapterConfig, dtype: torch.dtype, bias: bool = False) -> AdaptedLinear:
+    torch.manual_seed(0)
+    base = nn.Linear(24, 36, bias=bias).requires_grad_(False)
+    layer = ADAPTERS[config.peft](base, config)
+    layer.reset()
+    disturb(layer)
+    base.to(dtype)
+    return layer
+
+
+@pytest.mark.parametrize("shape", [(5, 24), (2, 3, 24), (24,)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+def test_fewer_passes_give_the_formula(config: AdapterConfig, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    """The output, and the gradients of x and of all that trains."""
+    layer = frozen_layer(config, dtype)
+    if dtype == torch.float64:
+        layer.double()
+    x = torch.randn(*shape, dtype=dtype, requires_grad=True)
+    assert layer.fused(x, layer.base.weight) is not None
+    weight = torch.randn(*shape[:-1], 36, dtype=dtype)
+    inputs = [x, *layer.trained().values()]
+    got, want = layer(x), layer.by_formula(x)
+    assert got.shape == want.shape
+    ours, theirs = (torch.autograd.grad((y * weight).sum(), inputs) for y in (got, want))
+    assert [g.dtype for g in ours] == [p.dtype for p in inputs]
+    tolerance = {torch.float32: 1e-6, torch.float64: 1e-12, torch.bfloat16: 0.02}[dtype]
+    assert max(difference(a, b) for a, b in zip((got, *ours), (want, *theirs), strict=True)) <= tolerance
+    with torch.no_grad():
+        assert torch.equal(layer(x), got)
+
+
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+def test_gradients_of_fewer_passes_by_differences(config: AdapterConfig) -> None:
+    layer = frozen_layer(config, torch.float64).double()
+    names, values = zip(*layer.trained().items(), strict=True)
+    x = torch.randn(4, 24, dtype=torch.float64, requires_grad=True)
+
+    def product(x: Tensor, *values: Tensor) -> Tensor:
+        return torch.func.functional_call(layer, dict(zip(names, values, strict=True)), (x,))
+
+    assert torch.autograd.gradcheck(product, (x, *values))
+
+
+@pytest.mark.parametrize("needed", ["x", "first", "last"])
+@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+def test_only_what_needs_a_gradient_gets_one(config: AdapterConfig, needed: str) -> None:
+    layer = frozen_layer(config, torch.float32).requires_grad_(False)
+    x, trained = torch.randn(4, 24), list(layer.trained().values())
+    one = {"x": x, "first": trained[0], "last": trained[-1]}[needed].requires_grad_()
+    ours, theirs = (torch.autograd.grad(y.square().sum(), one)[0] for y in (layer(x), layer.by_formula(x)))
+    assert difference(ours, theirs) <= 1e-6
+
+
+def refuse(*args: Any) -> Tensor:
+    raise AssertionError("the formula was wanted")
+
+
+@pytest.mark.parametrize("case", ["bias", "trains", "dtype", "class", "hook", "dropout", "dora", "beside"])
+def test_the_formula_where_the_base_or_the_settings_need_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = AdapterConfig("lora", 4, dropout=0.1 * (case == "dropout"), dora=case == "dora")
+    layer = frozen_layer(config, torch.float32, bias=case == "bias")
+    base = layer.base
+    if case == "trains":
+        base.weight.requires_grad_()
+    elif case == "dtype":
+        base.double()
+        base.register_forward_pre_hook(lambda module, args: (args[0].double(),))
+        base.register_forward_hook(lambda module, args, out: out.float())
+    elif case == "class":
+        base.__class__ = type("Other", (nn.Linear,), {})
+    elif case == "hook":
+        base.register_forward_hook(lambda module, args, out: out + 1)
+    elif case == "beside":
+        layer.others.append(LoraLinear(base, config, beside=True))
+    monkeypatch.setattr("rwkv_peft.adapters.lora.low_rank_linear", refuse)
+    assert layer(torch.randn(3, 24)).shape == (3, 36)
+
+
+def test_a_matrix_of_a_model_takes_the_fewest_passes(
+    load: Callable[..., Rwkv], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = rp.attach_adapter(load(**SIZES), AdapterConfig(rank=4)).train()
+    monkeypatch.setattr(AdaptedLinear, "by_formula", refuse)
+    model(TOKENS)[0].sum().backward()

@@ -27,7 +27,7 @@ from rwkv_peft.config import ChatConfig, DemoConfig, GenerateConfig, MergeConfig
 from rwkv_peft.yaml_config import build, read_yaml, settings_of, to_yaml
 
 NEEDED = ["--model", "m.pth", "--data", "d.jsonl", "--out", "o"]
-HEAVY = ("torch", "numpy", "transformers", "peft", "datasets", "gradio", "safetensors", "matplotlib", "yaml")
+HEAVY = ("torch", "triton", "numpy", "transformers", "peft", "datasets", "gradio", "safetensors", "matplotlib", "yaml")
 
 
 @pytest.fixture
@@ -87,7 +87,9 @@ def test_help_all_shows_every_setting(name: str, capsys: pytest.CaptureFixture[s
         assert (setting.upper() if positional else f"--{setting.replace('_', '-')}") in shown
 
 
-@pytest.mark.parametrize("argv", ["--help", "--version", "train --help", "train --rnak 3", "generate --help-all"])
+@pytest.mark.parametrize(
+    "argv", ["--help", "--version", "train --help", "train --rnak 3", "generate --help-all", "doctor --help"]
+)
 def test_help_and_usage_errors_import_nothing_heavy(argv: str) -> None:
     code = "import sys; from rwkv_peft.cli import main; main(sys.argv[1:]); print(*sys.modules, file=sys.stderr)"
     done = python(code, *argv.split(), stdout=subprocess.DEVNULL)
@@ -111,8 +113,8 @@ def test_importing_the_package_imports_nothing_heavy() -> None:
         ("--rank 8 --lr 1e-4", {"rank": 8, "lr": 1e-4}),
         ("--rank=8 --rank 16", {"rank": 16}),
         ("--ctx_len 64 --micro-batch 2", {"ctx_len": 64, "micro_batch": 2}),
-        ("--grad-checkpoint", {"grad_checkpoint": True}),
-        ("--grad_checkpoint --no-grad-checkpoint", {"grad_checkpoint": False}),
+        ("--grad-checkpoint block", {"grad_checkpoint": "block"}),
+        ("--layerwise_lr --no-layerwise-lr", {"layerwise_lr": False}),
         ("--train-parts ln emb", {"train_parts": ("ln", "emb")}),
         ("--fields question answer --betas 0.9 0.95", {"fields": ("question", "answer"), "betas": (0.9, 0.95)}),
         ("--alpha 8 --alpha none --max-steps none", {}),
@@ -181,7 +183,7 @@ def test_usage_errors(argv: str, message: str, failure: Callable[[list[str]], st
         TrainConfig(*needed()),
         TrainConfig(
             Path("a: b.pth"), [Path("x"), Path("ünï.jsonl")], Path("o"), alpha=1e-9, targets=("att.key",),
-            train_parts=(), fields=("yes", "1"), lr=1e-4, betas=(0.5, 1e-8), grad_checkpoint=True, max_steps=7,
+            train_parts=(), fields=("yes", "1"), lr=1e-4, betas=(0.5, 1e-8), grad_checkpoint="block", max_steps=7,
         ),
         MergeConfig(Path("b"), [Path("a"), Path("c")], Path("o"), "fp16", True),
         GenerateConfig(Path("m"), sampling=SamplingConfig(7, 0.0, 0.25, ("\n\n", "null", "'"), 3), prompt="a\n\n b\\n"),
@@ -229,7 +231,7 @@ def test_sampling_may_be_nested_in_yaml(text: str, tmp_path: Path) -> None:
         (b"rank:", ": rank null: must be a whole number"),
         (b"lr: .inf", ": lr inf: must be a finite number"),
         (b"lr: [1, 2]", ": lr 1 2: must be a finite number"),
-        (b"grad_checkpoint: 2", ": grad_checkpoint 2: must be true or false"),
+        (b"layerwise_lr: 2", ": layerwise_lr 2: must be true or false"),
         (b"device: 0", ": device 0: must be text; put it in quotes"),
         (b"model: {a: b}", ": model {'a': 'b'}: must be a path"),
         (b"data: [a, 3]", ": data 3: must be text; put it in quotes"),

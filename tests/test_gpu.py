@@ -118,7 +118,8 @@ def test_model_and_its_gradients(
 @pytest.mark.parametrize(
     "settings",
     [
-        {}, {"grad_checkpoint": True}, {"dora": True}, {"peft": "pissa"}, {"peft": "bone"}, {"peft": "bat"},
+        {}, {"grad_checkpoint": "block"}, {"grad_checkpoint": "selective"},
+        {"graphs": False}, {"dora": True}, {"peft": "pissa"}, {"peft": "bone"}, {"peft": "bat"},
         {"peft": "state", "train_parts": "shift"}, {"train_parts": ("time", "ln", "state")}, {"peft": "full"},
         {"sampling": "pad"}, {"sampling": "pad", "pad_side": "left"}, {"sampling": "get"}, {"eval_fraction": 0.2},
     ],

@@ -169,8 +169,8 @@ def gradients(model: Rwkv, batches: list[Batch]) -> tuple[float, dict[str, Tenso
     """The loss of a step with these batches, and its gradients."""
     total = 0.0
     for batch in batches:
-        loss, penalty = batch_loss(model, batch, 0.05)
-        (loss + penalty).backward()
+        trained, loss = batch_loss(model, batch, 0.05)
+        trained.backward()
         total += float(loss.detach())
     found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()

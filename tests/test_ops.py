@@ -7,13 +7,12 @@ from itertools import pairwise
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from conftest import difference
 from rwkv_peft import ops
 from rwkv_peft.errors import ConfigError
-from rwkv_peft.ops import BACKENDS, chunked6, chunked7, loss, reference
-from rwkv_peft.ops.loss import next_token_loss
+from rwkv_peft.ops import BACKENDS, chunked6, chunked7, reference
 
 CPU = torch.device("cpu")
 WEAKEST = -20.0  # w of hardly any decay
@@ -341,64 +340,3 @@ def test_a_backend_that_cannot_run_says_why(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(BACKENDS, "odd", row)
     with pytest.raises(ConfigError, match="--op odd: wants a GPU, got cpu; choose --op auto"):
         ops.choose_backend("odd", CPU, 64)
-
-
-# --- loss
-
-
-def make_loss_inputs(n: int = 13, D: int = 8, V: int = 29) -> tuple[Tensor, nn.Linear, Tensor]:
-    torch.manual_seed(5)
-    head = nn.Linear(D, V, bias=False)
-    return torch.randn(n, D, requires_grad=True), head, torch.randint(V, (n,))
-
-
-def test_loss_is_the_sum_of_cross_entropies() -> None:
-    hidden, head, labels = make_loss_inputs()
-    logits = head(hidden)
-    want = sum(torch.logsumexp(row, 0) - row[label] for row, label in zip(logits, labels, strict=True))
-    got, penalty = next_token_loss(hidden, head, labels, 0.0)
-    torch.testing.assert_close(got, want)
-    assert penalty.item() == 0
-    assert got.dtype == penalty.dtype == torch.float32
-    for x, y in zip(
-        torch.autograd.grad(got, [hidden, head.weight], retain_graph=True),
-        torch.autograd.grad(want, [hidden, head.weight]),
-        strict=True,
-    ):
-        torch.testing.assert_close(x, y)
-
-
-@pytest.mark.parametrize("strength", [1e-4, 0.5])
-def test_logit_penalty_pulls_only_the_largest_logit(strength: float) -> None:
-    logits = torch.tensor([[1.0, 3.0, -2.0], [-5.0, -1.0, -4.0], [0.0, 0.0, -1.0], [7.0, 2.0, 6.5]], requires_grad=True)
-    _, penalty = next_token_loss(logits, lambda x: x, torch.tensor([0, 1, 2, 0]), strength)
-    (got,) = torch.autograd.grad(penalty, logits)
-    want = torch.zeros(4, 3)
-    want[0, 1], want[1, 1], want[3, 0] = 3 * strength, -strength, 7 * strength
-    torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
-
-
-@pytest.mark.parametrize("most", [1, 29 * 3, 29 * 12, 29 * 13])
-def test_loss_in_chunks_is_the_loss(most: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden, head, labels = make_loss_inputs()
-    sizes: list[int] = []
-
-    def gradients() -> list[Tensor]:
-        sums = next_token_loss(hidden, head, labels, 0.3)
-        return [*sums, *torch.autograd.grad(sums[0] + 2 * sums[1], [hidden, head.weight])]
-
-    want = gradients()
-    monkeypatch.setattr(loss, "MOST_LOGITS", most)
-    head.register_forward_hook(lambda module, args, out: sizes.append(out.numel()))
-    for got, expected in zip(gradients(), want, strict=True):
-        torch.testing.assert_close(got, expected)
-    assert max(sizes) <= max(29, most)
-    assert len(sizes) == 1 if most >= 29 * 13 else len(sizes) > 1
-
-
-def test_loss_of_bf16_is_summed_in_float32() -> None:
-    hidden, head, labels = make_loss_inputs(n=3000)
-    hidden, head = hidden.detach().bfloat16(), head.bfloat16()
-    got, _ = next_token_loss(hidden, head, labels, 0.0)
-    want = F.cross_entropy(head(hidden).double(), labels, reduction="sum")
-    assert got.item() == pytest.approx(want.item(), rel=1e-5)

@@ -33,7 +33,7 @@ from rwkv_peft.data.sampling import Sampler
 from rwkv_peft.data.tokenizer import Tokenizer
 from rwkv_peft.errors import ConfigError, DataError, RwkvPeftError, TrainingError
 from rwkv_peft.models import Rwkv
-from rwkv_peft.training import loop
+from rwkv_peft.training import step as step_module
 from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.optim import build_optimizer
 from rwkv_peft.training.run import RunResult
@@ -113,8 +113,8 @@ def step(model: Rwkv, batches: list[Batch]) -> tuple[float, dict[str, Tensor]]:
     """Loss and gradients as the loop makes them."""
     targets, total = sum(len(b.labels) for b in batches), 0.0
     for batch in batches:
-        loss, penalty = batch_loss(model, batch, PENALTY)
-        SingleProcess().backward((loss + penalty) / targets)
+        total_, loss = batch_loss(model, batch, PENALTY)
+        SingleProcess().backward(total_ / targets)
         total += loss.item() / targets
     return total, gradients(model)
 
@@ -296,7 +296,10 @@ def test_a_run_does_not_depend_on_how_its_steps_are_cut(config: TrainConfig, tmp
     assert len({m["loss"] for m in first}) == 3
 
 
-@pytest.mark.parametrize("settings", [{"grad_checkpoint": True}, {"op": "reference"}], ids=str)
+HOW = [{"grad_checkpoint": "block"}, {"grad_checkpoint": "selective"}, {"op": "reference"}]
+
+
+@pytest.mark.parametrize("settings", HOW, ids=str)
 def test_how_it_is_computed_changes_nothing(settings: dict[str, Any], config: TrainConfig, tmp_path: Path) -> None:
     want, got = run(config, out=tmp_path / "a"), run(config, out=tmp_path / "b", **settings)
     assert got.losses == pytest.approx(want.losses, rel=1e-5)
@@ -451,15 +454,15 @@ def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.
     calls = []
 
     def poisoned(model: Rwkv, batch: Batch, penalty: float) -> tuple[Tensor, Tensor]:
-        loss, extra = batch_loss(model, batch, penalty)
+        trained, loss = batch_loss(model, batch, penalty)
         calls.append({n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad})
         models.append(model)
         if len(calls) == 3:
-            return (loss * float("nan"), extra) if where == "loss" else (loss, extra * float("inf"))
-        return loss, extra
+            return (trained, loss * float("nan")) if where == "loss" else (trained * float("inf"), loss)
+        return trained, loss
 
     models: list[Rwkv] = []
-    monkeypatch.setattr(loop, "batch_loss", poisoned)
+    monkeypatch.setattr(step_module, "batch_loss", poisoned)
     with pytest.raises(RwkvPeftError, match=rf"step 3: the {where} is (nan|inf); try a lower --lr") as caught:
         run(config, max_steps=5, logit_penalty=1.0)
     assert type(caught.value) is TrainingError
@@ -472,7 +475,7 @@ def test_nan_stops_the_run(where: str, config: TrainConfig, monkeypatch: pytest.
 
 def test_nan_in_the_first_step_leaves_nothing(config: TrainConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     nan = torch.tensor(float("nan"), requires_grad=True)
-    monkeypatch.setattr(loop, "batch_loss", lambda *args: (batch_loss(*args)[0] * nan, nan))
+    monkeypatch.setattr(step_module, "batch_loss", lambda *args: (batch_loss(*args)[0] * nan, nan.detach()))
     with pytest.raises(RwkvPeftError, match="step 1: the loss is nan"):
         run(config)
     assert not config.out.exists()
@@ -518,7 +521,7 @@ def press_ctrl_c(monkeypatch: pytest.MonkeyPatch, at: int, times: int) -> None:
             os.kill(os.getpid(), signal.SIGINT)
         return batch_loss(model, batch, penalty)
 
-    monkeypatch.setattr(loop, "batch_loss", interrupted)
+    monkeypatch.setattr(step_module, "batch_loss", interrupted)
 
 
 def test_ctrl_c_saves_the_adapter(config: TrainConfig, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

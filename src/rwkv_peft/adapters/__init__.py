@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from .attach import ADAPTERS, attach_adapter, merge_adapter, unmerge_adapter
+from .attach import ADAPTERS, attach_adapter, draws_random_numbers, is_foreign, merge_adapter, unmerge_adapter
 from .base import AdaptedLinear
 from .folder import attach_saved, load_adapter, save_adapter
 from .foreign import extra_loss, follow
@@ -10,6 +10,7 @@ from .reading import read_adapter, read_adapters
 from .saved import SavedAdapter
 
 __all__ = [
-    "ADAPTERS", "AdaptedLinear", "SavedAdapter", "attach_adapter", "attach_saved", "extra_loss", "follow",
-    "load_adapter", "merge_adapter", "read_adapter", "read_adapters", "save_adapter", "unmerge_adapter",
+    "ADAPTERS", "AdaptedLinear", "SavedAdapter", "attach_adapter", "attach_saved", "draws_random_numbers", "extra_loss",
+    "follow", "is_foreign", "load_adapter", "merge_adapter", "read_adapter", "read_adapters", "save_adapter",
+    "unmerge_adapter",
 ]  # fmt: skip

@@ -124,6 +124,17 @@ def unmerged(model: nn.Module) -> Iterator[None]:
             merge_adapter(model)
 
 
+def is_foreign(model: nn.Module) -> bool:
+    """Whether the model has an adapter of Hugging Face PEFT."""
+    return foreign.of(model) is not None
+
+
+def draws_random_numbers(model: nn.Module) -> bool:
+    """Whether a forward pass in training may draw random numbers, as dropout does."""
+    own = (one for _, layer in adapted(model) for one in (layer, *layer.others))
+    return is_foreign(model) or any(one.config.dropout > 0 for one in own)
+
+
 def ends_in(name: str, targets: Iterable[str]) -> bool:
     """Whether a matrix's name ends, at a dot, in one of `targets`."""
     return any(f".{name}".endswith(f".{target}") for target in targets)

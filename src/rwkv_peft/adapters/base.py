@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
+from ..ops.linear import frozen_weight
 from .saved import GENERAL
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # the tensors tell as much
@@ -64,10 +65,21 @@ class AdaptedLinear(nn.Module, ABC):
     def delta(self, x: Tensor, product: Tensor) -> Tensor:
         """What the adapter adds to the base's `product` (…, out) of x (…, in)."""
 
+    def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        """All of `by_formula` in the fewest passes, of a frozen dense `weight`; None where these settings need it."""
+        return None
+
     def forward(self, x: Tensor) -> Tensor:
-        product: Tensor = self.base(x)
         if self._unmerged:
-            return product
+            merged: Tensor = self.base(x)
+            return merged
+        weight = None if len(self.others) else frozen_weight(self.base, x)
+        total = None if weight is None else self.fused(x, weight)
+        return self.by_formula(x) if total is None else total
+
+    def by_formula(self, x: Tensor) -> Tensor:
+        """What `forward` is, whatever the base is."""
+        product: Tensor = self.base(x)
         total = product + self.delta(x, product)
         for other in self.others:
             total = total + other.delta(x, product)  # type: ignore[operator]

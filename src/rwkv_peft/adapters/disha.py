@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..errors import ConfigError
+from ..ops.linear import bat_linear, bone_linear
 from .base import AdaptedLinear
 
 
@@ -43,6 +44,9 @@ class BoneLinear(AdaptedLinear):
         padded = F.pad(x, (0, -x.shape[-1] % rank))
         shards = padded.view(*x.shape[:-1], -1, rank)  # (…, in/rank, rank)
         return F.linear(shards.sum(-2), self.miss_block.to(x.dtype).T)
+
+    def fused(self, x: Tensor, weight: Tensor) -> Tensor:
+        return bone_linear(x, weight, self.miss_block)
 
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
@@ -91,9 +95,12 @@ class BatLinear(AdaptedLinear):
     def reset(self) -> None:
         nn.init.zeros_(self.bat_block)
 
-    def forward(self, x: Tensor) -> Tensor:
-        if self._unmerged or len(self.others):
-            return super().forward(x)
+    def fused(self, x: Tensor, weight: Tensor) -> Tensor:
+        return bat_linear(x, weight, self.bat_block)
+
+    def by_formula(self, x: Tensor) -> Tensor:
+        if len(self.others):
+            return super().by_formula(x)
         z = self.shards(x)
         product: Tensor = self.base(x + z.flatten(-2))
         return product + self.tile(z)

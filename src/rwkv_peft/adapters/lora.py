@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..errors import ConfigError
+from ..ops.linear import low_rank_linear
 from .base import AdaptedLinear
 
 STARTS = ("gaussian", "orthogonal")  # init_lora_weights, if it is no bool, that leave the base as it is
@@ -61,6 +62,16 @@ class LoraLinear(AdaptedLinear):
             product = self.base(dropped)
         # what is left of 1 is small, and must be taken in float32
         return (ratio - 1).to(x.dtype) * product + ratio.to(x.dtype) * added
+
+    def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
+        if self.config.dora or (self.config.dropout and self.training):
+            return None
+        return low_rank_linear(x, weight, self.lora_A.weight, self.lora_B.weight, self.config.scale, self.start)
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor] | None:
+        """The frozen A0 and B0 whose product is taken off, where there are any."""
+        return None
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
@@ -148,6 +159,10 @@ class PissaLinear(LoraLinear):
         inner = F.linear(x, torch.cat((self.lora_A.weight.to(x.dtype), self.start_a.to(x.dtype))))
         outer = torch.cat((self.lora_B.weight.to(x.dtype), -self.start_b.to(x.dtype)), dim=1)
         return F.linear(inner, outer) * self.config.scale
+
+    @property
+    def start(self) -> tuple[Tensor, Tensor]:
+        return self.start_a, self.start_b
 
     def to_file(self) -> dict[str, Tensor]:
         return {

@@ -8,7 +8,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
-Op = Literal["auto", "torch", "reference"]
+Op = Literal["auto", "triton", "cuda", "fla", "torch", "reference"]
 OnBadLine = Literal["stop", "skip"]
 Overlong = Literal["split", "truncate", "drop"]
 TokenizerName = Literal["auto", "world", "byte"]

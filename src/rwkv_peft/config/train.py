@@ -101,10 +101,13 @@ class TrainConfig(DataConfig, _Run):
     """Strength of RWKV's pull of the largest logit to 0; 0 switches it off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrices. [bf16 on a GPU, fp32 on a CPU]"""
-    grad_checkpoint: bool = False
-    """Recompute each block in the backward pass: about a third slower, far less memory."""
+    grad_checkpoint: Literal["auto", "none", "selective", "block"] = "auto"
+    """Recompute in the backward pass: nothing, each layer's time-mix, or each layer: slower, less memory. [as much as
+    the GPU's memory asks for; none on a CPU]"""
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
+    graphs: Annotated[bool, ADVANCED] = True
+    """On a GPU, launch a micro-batch as one CUDA graph where it can be one: with --op triton and without dropout."""
     op: Annotated[Op, ADVANCED] = "auto"
     """Operator of the recurrence. [the best that runs here]"""
     seed: int = 0

@@ -114,3 +114,19 @@ class DemoConfig:
 
     out: Path = Path("runs/demo")
     """Folder of the run; an earlier demo in it is replaced."""
+
+
+@dataclass
+class DoctorConfig:
+    """What this machine has, which operators run on it and why others do not, whether they compute the right numbers,
+    and how fast it is."""
+
+    device: str = "auto"
+    """What to look at: `cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
+    seconds: float = 5.0
+    """How long the test of speed takes, about; 0 leaves it out."""
+
+    def check(self) -> None:
+        """Raise `ConfigError` where a value is out of range."""
+        if not 0 <= self.seconds <= 3600:
+            raise ConfigError(f"--seconds {self.seconds:g}: must be from 0 to 3600; 5 is usual")

@@ -50,7 +50,9 @@ def later(settings: str, default: str, form: type, text: str, *harmless: str, re
 NO_OFFICIAL = "0, since no official model has it."
 MADE_OF = "the model file says what it is made of"
 STAGES = "for pre-training in stages, which is not there"
-BEST_OP = "the best operator that runs here is taken"
+BEST_OP = (
+    "the fastest operator that runs here is taken; `rwkv-peft doctor` shows it, and --op of today's line names one"
+)
 LOADER = "the process that trains makes its batches itself"
 LISA = "LISA is not there; --peft lora and disha need less memory"
 
@@ -242,7 +244,7 @@ SECTIONS: dict[str, dict[str, Row]] = {
         "ds_bucket_mb": idle("200", int, "for DeepSpeed, which one device does not need"),
         "op": idle("cuda", str, BEST_OP),
         "fla": idle("", bool, BEST_OP),
-        "fused_kernel": idle("", bool, "logits are never made all at once"),
+        "fused_kernel": idle("", bool, "fused kernels run wherever they can, and logits are never made all at once"),
         "num_workers": idle("8", int, LOADER),
         "persistent_workers": idle("", bool, LOADER),
         "prefetch_factor": idle("None", str, LOADER),

@@ -102,7 +102,8 @@ def optimiser_of(old: Old) -> Values:
 
 def machine_of(old: Old) -> Values:
     """Device, precision, checkpointing."""
-    values: Values = {"device": old.choice("accelerator", DEVICES), "grad_checkpoint": old["grad_cp"] > 0}
+    again = "block" if old["grad_cp"] > 0 else "none"
+    values: Values = {"device": old.choice("accelerator", DEVICES), "grad_checkpoint": again}
     if "precision" not in old:
         return values
     if old["precision"] == "fp16":

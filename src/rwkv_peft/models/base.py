@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
-from typing import ClassVar, NamedTuple, cast
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -18,10 +18,13 @@ from torch.utils.checkpoint import checkpoint
 from ..config import AdapterConfig, ChatForm
 from ..errors import CheckpointError
 from ..ops import Backend
-from .layers import Documents, LayerNorm, Linear
+from ..ops.linear import Linear
+from ..ops.pieces import LayerNorm, Vectors
+from .layers import Documents
 from .state import STATES, ModelState, Sizes
 
 Shapes = Mapping[str, tuple[int, ...]]
+Inputs = tuple[Tensor, ...]
 LN_EPS = 1e-5
 LN_X_EPS = 64e-5
 
@@ -61,10 +64,14 @@ class TimeMix(nn.Module, ABC):
         return x.view(*x.shape[:-1], self.heads, -1)
 
     @abstractmethod
+    def shares(self) -> Vectors:
+        """The vectors (D,) or (1,1,D) by which the token before is mixed into each of the inputs."""
+
+    @abstractmethod
     def forward(
-        self, x: Tensor, wkv: Tensor, before: Tensor, shared: Shared, documents: Documents, op: Backend
-    ) -> tuple[Tensor, Tensor, Tensor, Shared]:
-        """x (B,T,D), wkv (S,H,N,N), before (S,D) the last input → the output, and the last three after these tokens."""
+        self, mixed: Inputs, wkv: Tensor | None, before: Tensor, shared: Shared, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Shared]:
+        """mixed (B,T,D) for each of `shares`, wkv (S,H,N,N) or None, before (S,D) → output, wkv after it, shared."""
 
 
 class ChannelMix(nn.Module, ABC):
@@ -79,8 +86,12 @@ class ChannelMix(nn.Module, ABC):
         self.register_parameter("shift_state", None)
 
     @abstractmethod
-    def forward(self, x: Tensor, before: Tensor, shared: Shared, documents: Documents) -> tuple[Tensor, Tensor]:
-        """x (B,T,D), before (S,D) → the output, and the last input."""
+    def shares(self) -> Vectors:
+        """As in TimeMix."""
+
+    @abstractmethod
+    def forward(self, mixed: Inputs, shared: Shared, documents: Documents, op: Backend) -> Tensor:
+        """mixed (B,T,D) for each of `shares` → the output (B,T,D)."""
 
 
 class Block(nn.Module):
@@ -97,27 +108,57 @@ class Block(nn.Module):
         self.ffn = ffn
 
     def forward(
-        self, x: Tensor, shared: Shared, wkv: Tensor, shift: Tensor, documents: Documents, op: Backend
+        self,
+        x: Tensor,
+        shared: Shared,
+        wkv: Tensor | None,
+        shift: Tensor,
+        documents: Documents,
+        op: Backend,
+        grad_checkpoint: str = "none",
+        draws: bool = False,
     ) -> tuple[Tensor, Shared, Tensor, Tensor]:
-        """x (B,T,D), wkv (S,H,N,N), shift (2,S,D) → the same after this layer."""
+        """x (B,T,D), wkv (S,H,N,N) or None for zeros, shift (2,S,D) → the same after this layer.
+
+        `grad_checkpoint`: what the backward pass computes anew, instead of keeping it: none, block (the layer, as two
+        halves), selective (its time-mix alone). `draws`: whether random numbers are drawn in between.
+        """
+
+        def run(half: Callable[..., Any], again: bool, *args: Any) -> Any:
+            if not again or not torch.is_grad_enabled():
+                return half(*args)
+            return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=draws)
+
+        again = grad_checkpoint != "none"
+        x, out, shared, wkv, att_last = run(self.mix_time, again, x, shared, wkv, shift[0], documents, op)
+        again = grad_checkpoint == "block"
+        x, ffn_last = run(self.mix_channels, again, x, out, shared, shift[1], documents, op)
+        return x, shared, wkv, torch.stack((att_last, ffn_last))
+
+    def mix_time(
+        self, x: Tensor, shared: Shared, wkv: Tensor | None, before: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Shared, Tensor, Tensor]:
+        """The first half: x, what is to be added to it, shared, wkv and the last input after these tokens."""
         if self.is_first:
             x = self.ln0(x)
             shared = shared._replace(embedded=x)
-        out, wkv, att_last, shared = self.att(self.ln1(x), wkv, shift[0], shared, documents, op)
-        x = x + out
-        out, ffn_last = self.ffn(self.ln2(x), shift[1], shared, documents)
-        return x + out, shared, wkv, torch.stack((att_last, ffn_last))
+        x, mixed, last = op.pieces.norm_mix(x, None, self.ln1, before, documents, self.att.shares())
+        out, wkv, shared = self.att(mixed, wkv, before, shared, documents, op)
+        return x, out, shared, wkv, last
 
-    def start(self, wkv: Tensor, shift: Tensor) -> tuple[Tensor, Tensor]:
-        """The learned initial states in the place of zeros, wkv (S,H,N,N) and shift (2,S,D)."""
+    def mix_channels(
+        self, x: Tensor, out: Tensor, shared: Shared, before: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor]:
+        """The second half: x after the layer, and its last input."""
+        x, mixed, last = op.pieces.norm_mix(x, out, self.ln2, before, documents, self.ffn.shares())
+        return x + self.ffn(mixed, shared, documents, op), last
+
+    def start(self, zeros: Tensor) -> tuple[Tensor | None, Tensor]:
+        """The learned initial states: wkv (S,H,N,N), or None; and shift (2,S,D), or `zeros` (S,D) twice."""
         learned = self.att.shift_state, self.ffn.shift_state
-        shift = torch.stack(
-            [z if s is None else s.to(z.dtype).expand_as(z) for s, z in zip(learned, shift, strict=True)]
-        )
-        if self.att.time_state is not None:  # a float64 one stays so
-            dtype = torch.promote_types(self.att.time_state.dtype, wkv.dtype)
-            wkv = self.att.time_state.to(dtype).expand_as(wkv)
-        return wkv, shift
+        shift = torch.stack([zeros if s is None else s.to(zeros.dtype).expand_as(zeros) for s in learned])
+        wkv = self.att.time_state
+        return None if wkv is None else wkv.expand(len(zeros), *wkv.shape), shift
 
 
 class Rwkv(nn.Module, ABC):
@@ -143,7 +184,7 @@ class Rwkv(nn.Module, ABC):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.grad_checkpoint = False
+        self.grad_checkpoint, self.draws = "none", True  # see `Block.forward`
         self.adapter_bases = {}
         # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -187,18 +228,23 @@ class Rwkv(nn.Module, ABC):
         state = state or self.initial_state(documents.count)
         if state.wkv.shape[1] != documents.count:
             raise ValueError(f"state has {state.wkv.shape[1]} entries; the tokens hold {documents.count} documents")
-        x = self.emb(tokens).to(self.dtype)
-        shared = Shared(self.like, self.like)  # layer 0 sets both
+        x, shared = self.emb(tokens).to(self.dtype), Shared(self.like, self.like)  # layer 0 sets what is shared
         wkv, shift = [], []
         for block, wkv_in, shift_in in zip(self.blocks, state.wkv, state.shift, strict=True):
-            args = (x, shared, wkv_in, shift_in, documents, self.op)
-            if self.grad_checkpoint and torch.is_grad_enabled():
-                x, shared, wkv_out, shift_out = checkpoint(block, *args, use_reentrant=False)
-            else:
-                x, shared, wkv_out, shift_out = block(*args)
+            args = (wkv_in, shift_in, documents, self.op, self.grad_checkpoint, self.draws)
+            x, shared, wkv_out, shift_out = block(x, shared, *args)
             wkv.append(wkv_out)
             shift.append(shift_out)
         return self.ln_out(x), ModelState(torch.stack(wkv), torch.stack(shift))
+
+    def hidden_of(self, documents: Documents) -> Tensor:
+        """As `hidden` of the tokens of `documents` from the initial state, but makes no state: (B,T,D)."""
+        x, shared = self.emb(documents.tokens).to(self.dtype), Shared(self.like, self.like)
+        zeros = x.new_zeros(documents.count, self.sizes.width)
+        for block in self.layers():
+            args = (*block.start(zeros), documents, self.op, self.grad_checkpoint, self.draws)
+            x, shared, _, _ = block(x, shared, *args)
+        return self.ln_out(x)  # type: ignore[no-any-return]
 
     def layers(self) -> list[Block]:
         """The layers, in order."""
@@ -206,9 +252,14 @@ class Rwkv(nn.Module, ABC):
 
     def initial_state(self, documents: int = 1) -> ModelState:
         """The state before any token: zeros, or what was learned where a layer has a `time_state` or `shift_state`."""
-        zeros = ModelState.zeros(self, documents)
-        starts = [b.start(wkv, shift) for b, wkv, shift in zip(self.layers(), zeros.wkv, zeros.shift, strict=True)]
-        return ModelState(torch.stack([wkv for wkv, _ in starts]), torch.stack([shift for _, shift in starts]))
+        state = ModelState.zeros(self, documents)
+        starts = [block.start(state.shift[0, 0]) for block in self.layers()]
+        if all(wkv is None for wkv, _ in starts):
+            return ModelState(state.wkv, torch.stack([shift for _, shift in starts]))
+        wkv = [zeros if learned is None else learned for zeros, (learned, _) in zip(state.wkv, starts, strict=True)]
+        # a float64 one stays so
+        dtype = torch.promote_types(wkv[0].dtype, torch.float32)
+        return ModelState(torch.stack([w.to(dtype) for w in wkv]), torch.stack([shift for _, shift in starts]))
 
 
 def vector(*shape: int) -> nn.Parameter:

@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from abc import abstractmethod
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Backend, Wkv
-from .base import LN_X_EPS, ChannelMix, Shared, TimeMix, vector
-from .layers import Documents, GroupNorm, Linear
+from ..ops.linear import Linear
+from ..ops.pieces import GroupNorm
+from .base import LN_X_EPS, ChannelMix, Inputs, Shared, TimeMix, vector
+from .layers import Documents
 from .state import Sizes
 
 
@@ -33,8 +33,10 @@ class GatedTimeMix(TimeMix):
         self.ln_x = GroupNorm(H, D, eps=LN_X_EPS)
 
     @abstractmethod
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        """x and the tokens before (B,T,D) → what receptance, key, value and gate see (B,T,D), and w of the decay."""
+    def inputs(
+        self, mixed: Inputs, before: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """mixed (B,T,D), before (S,D) → what receptance, key, value and gate see (B,T,D), and w of the decay."""
 
     @staticmethod
     @abstractmethod
@@ -42,14 +44,13 @@ class GatedTimeMix(TimeMix):
         """The version's operator."""
 
     def forward(
-        self, x: Tensor, wkv: Tensor, before: Tensor, shared: Shared, documents: Documents, op: Backend
-    ) -> tuple[Tensor, Tensor, Tensor, Shared]:
-        shifted, last = documents.shift(x, before)
-        xr, xk, xv, xg, w = self.mix(x, shifted)
+        self, mixed: Inputs, wkv: Tensor | None, before: Tensor, shared: Shared, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Shared]:
+        xr, xk, xv, xg, w = self.inputs(mixed, before, documents, op)
         r, k, v = (self.split(y) for y in (self.receptance(xr), self.key(xk), self.value(xv)))
         u = self.time_faaaa.to(w.dtype)
         y, wkv = self.recurrence(op)(r, w, k, v, u, wkv, documents.cu_seqlens)
-        return self.output(self.ln_x(y.flatten(2)) * F.silu(self.gate(xg))), wkv, last, shared
+        return self.output(op.pieces.gated_output(y.flatten(2), self.gate(xg), self.ln_x)), wkv, shared
 
 
 class GatedChannelMix(ChannelMix):
@@ -63,11 +64,6 @@ class GatedChannelMix(ChannelMix):
         self.receptance = Linear(sizes.width, sizes.width)
         self.value = Linear(sizes.ffn, sizes.width)
 
-    @abstractmethod
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
-        """x and the tokens before (B,T,D) → what key and receptance see (B,T,D)."""
-
-    def forward(self, x: Tensor, before: Tensor, shared: Shared, documents: Documents) -> tuple[Tensor, Tensor]:
-        shifted, last = documents.shift(x, before)
-        xk, xr = self.mix(x, shifted)
-        return torch.sigmoid(self.receptance(xr)) * self.value(torch.relu(self.key(xk)).square()), last
+    def forward(self, mixed: Inputs, shared: Shared, documents: Documents, op: Backend) -> Tensor:
+        xk, xr = mixed
+        return op.pieces.gated(self.receptance(xr), self.value(op.pieces.relu2(self.key(xk))))

@@ -6,34 +6,12 @@ model. Axes: B rows, T tokens, D width, S documents.
 
 from __future__ import annotations
 
+from functools import cached_property, lru_cache
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
-
-
-class Linear(nn.Linear):
-    """A matrix without bias; (…, in) → (…, out)."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-class LayerNorm(nn.LayerNorm):
-    """Normalises the last axis; computed in float32 inside."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.layer_norm(x, self.normalized_shape, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps)
-
-
-class GroupNorm(nn.GroupNorm):
-    """Normalises each head; (B,T,D) → (B,T,D)."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        rows = x.flatten(0, 1)
-        return F.group_norm(rows, self.num_groups, self.weight.to(x.dtype), self.bias.to(x.dtype), self.eps).view_as(x)
+from torch import Tensor
 
 
 class Documents:
@@ -45,8 +23,9 @@ class Documents:
         self.tokens = tokens
         # on the CPU, so that the layers can read the offsets without waiting for a GPU
         self.cu_seqlens = None if cu_seqlens is None else torch.as_tensor(cu_seqlens).cpu()
+        self.bounds: tuple[int, ...] = ()
+        self.count = tokens.shape[0]
         if self.cu_seqlens is None:
-            self.count = tokens.shape[0]
             return
         bounds = self.cu_seqlens.tolist()
         if tokens.shape[0] != 1 or bounds[0] != 0 or bounds[-1] != tokens.shape[1] or bounds != sorted(bounds):
@@ -54,11 +33,37 @@ class Documents:
                 f"cu_seqlens from {bounds[0]} to {bounds[-1]} with tokens {tuple(tokens.shape)}: "
                 "must rise from 0 to T, and B be 1"
             )
+        self.bounds = tuple(bounds)
         self.count = len(bounds) - 1
-        filled = [i for i in range(self.count) if bounds[i] < bounds[i + 1]]
-        self.filled = torch.tensor(filled, device=tokens.device)
-        self.first = torch.tensor([bounds[i] for i in filled], device=tokens.device)
-        self.last = torch.tensor([bounds[i + 1] - 1 for i in filled], device=tokens.device)
+
+    @classmethod
+    def placed(cls, tokens: Tensor, cu_seqlens: Tensor, marks: Tensor) -> Documents:
+        """Of tensors that lie on a GPU and are not looked at, as a CUDA graph needs it: marks (2,T) as of `marks`."""
+        documents = cls(tokens, None)
+        documents.cu_seqlens, documents.count, documents._marks = cu_seqlens, len(cu_seqlens) - 1, marks
+        return documents
+
+    @property
+    def starts(self) -> Tensor:
+        """(B*T,) int32, on the device of the tokens: the document whose first token this is, else -1."""
+        return self._marks[0]
+
+    @property
+    def ends(self) -> Tensor:
+        """(B*T,) int32: the same of last tokens."""
+        return self._marks[1]
+
+    @cached_property
+    def _marks(self) -> Tensor:
+        """(2,B*T) int32: starts and ends."""
+        if self.bounds:
+            return marks(self.bounds, self.tokens.device)
+        # made on the device, so that a CUDA graph can hold this as well
+        (B, T), device = self.tokens.shape, self.tokens.device
+        made = torch.full((2, B, T), -1, dtype=torch.int32, device=device)
+        rows = torch.arange(B, dtype=torch.int32, device=device)
+        made[0, :, 0] = made[1, :, -1] = rows
+        return made.flatten(1)
 
     def shift(self, x: Tensor, before: Tensor) -> tuple[Tensor, Tensor]:
         """The token before each token, and the last token of each document.
@@ -66,11 +71,34 @@ class Documents:
         Arguments: x (B,T,D); before (S,D), what precedes each document (S = B without `cu_seqlens`).
         Returns (B,T,D) and (S,D).
         """
-        if self.cu_seqlens is None:
+        if not self.bounds:
             return torch.cat((before[:, None].to(x.dtype), x[:, :-1]), dim=1), x[:, -1]
+        filled, first, last = edges(self.bounds, x.device)
         shifted = F.pad(x[:, :-1], (0, 0, 1, 0))
-        shifted = shifted.index_copy(1, self.first, before[self.filled][None].to(x.dtype))
-        return shifted, before.to(x.dtype).index_copy(0, self.filled, x[0, self.last])
+        shifted = shifted.index_copy(1, first, before[filled][None].to(x.dtype))
+        return shifted, before.to(x.dtype).index_copy(0, filled, x[0, last])
+
+
+@lru_cache(maxsize=8)  # every layer of a model asks for the same
+def edges(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """(3, documents that are not empty) int64: each one, its first token and its last one."""
+    pairs = enumerate(pairwise(bounds))
+    filled = [(document, start, end - 1) for document, (start, end) in pairs if start < end]
+    return move(torch.tensor(filled).T.contiguous(), device)
+
+
+@lru_cache(maxsize=8)
+def marks(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    """(2,T) int32: for each token the document that starts with it, and the one that ends with it, else -1."""
+    filled, first, last = edges(bounds, torch.device("cpu"))
+    made = torch.full((2, bounds[-1]), -1, dtype=torch.int32)
+    made[0, first] = made[1, last] = filled.int()
+    return move(made, device)
+
+
+def move(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU on a device, without waiting for what that has still to do."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
 
 
 def float32_at_least(dtype: torch.dtype) -> torch.dtype:

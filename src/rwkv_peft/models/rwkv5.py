@@ -11,9 +11,10 @@ from torch import Tensor
 
 from ..errors import CheckpointError
 from ..ops import Backend, Wkv
-from .base import Rwkv, Shapes, common_sizes, vector
+from ..ops.pieces import Vectors
+from .base import Inputs, Rwkv, Shapes, common_sizes, vector
 from .gated import GatedChannelMix, GatedTimeMix
-from .layers import float32_at_least
+from .layers import Documents, float32_at_least
 from .state import Sizes
 
 
@@ -55,10 +56,14 @@ class TimeMix5(GatedTimeMix):
             self.register_parameter(f"time_mix_{name}", vector(1, 1, sizes.width))
         self.time_decay = vector(sizes.heads, sizes.head_size)
 
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        p, delta = self.cast(x.dtype), x - shifted
-        xr, xk, xv, xg = (shifted + delta * p[f"time_mix_{name}"] for name in "rkvg")
-        return xr, xk, xv, xg, self.time_decay.to(float32_at_least(x.dtype))
+    def shares(self) -> Vectors:
+        return [1 - getattr(self, f"time_mix_{name}") for name in "rkvg"]
+
+    def inputs(
+        self, mixed: Inputs, before: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        xr, xk, xv, xg = mixed
+        return xr, xk, xv, xg, self.time_decay.to(float32_at_least(xr.dtype))
 
     @staticmethod
     def recurrence(op: Backend) -> Wkv:
@@ -72,6 +77,5 @@ class ChannelMix5(GatedChannelMix):
     time_mix_k: Tensor
     time_mix_r: Tensor
 
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
-        delta = x - shifted
-        return shifted + delta * self.time_mix_k.to(x.dtype), shifted + delta * self.time_mix_r.to(x.dtype)
+    def shares(self) -> Vectors:
+        return 1 - self.time_mix_k, 1 - self.time_mix_r

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor
 
 from ..ops import Backend, Wkv
-from .base import Rwkv, Shapes, common_sizes, shape_of, vector
+from ..ops.pieces import Vectors
+from .base import Inputs, Rwkv, Shapes, common_sizes, shape_of, vector
 from .gated import GatedChannelMix, GatedTimeMix
-from .layers import float32_at_least
+from .layers import Documents, float32_at_least
 from .state import Sizes
 
 MIXED = "wkvrg"  # the order in which time_maa_w1 and time_maa_w2 hold the five mixes
@@ -58,6 +59,7 @@ class TimeMix6(GatedTimeMix):
         *("time_maa_x", "time_maa_w", "time_maa_k", "time_maa_v", "time_maa_r", "time_maa_g"),
         *("time_maa_w1", "time_maa_w2", "time_decay", "time_decay_w1", "time_decay_w2", "time_faaaa"),
     )
+    time_maa_x: Tensor
 
     def __init__(self, sizes: Rwkv6Sizes) -> None:
         super().__init__(sizes)
@@ -69,11 +71,18 @@ class TimeMix6(GatedTimeMix):
         self.time_decay = vector(1, 1, D)
         self.time_decay_w1, self.time_decay_w2 = vector(D, sizes.rank_decay), vector(sizes.rank_decay, D)
 
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-        p, delta = self.cast(x.dtype), shifted - x
-        low = torch.tanh((x + delta * p["time_maa_x"]) @ p["time_maa_w1"])  # (B,T,5·rank)
+    def shares(self) -> Vectors:
+        return None, self.time_maa_x
+
+    def inputs(
+        self, mixed: Inputs, before: Tensor, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        x, xx = mixed
+        p = self.cast(x.dtype)
+        low = torch.tanh(xx @ p["time_maa_w1"])  # (B,T,5·rank)
         more = torch.einsum("btmr,mrd->mbtd", low.view(*x.shape[:2], len(MIXED), -1), p["time_maa_w2"])
-        xw, xk, xv, xr, xg = (x + delta * (p[f"time_maa_{name}"] + m) for name, m in zip(MIXED, more, strict=True))
+        vectors = [getattr(self, f"time_maa_{name}") for name in MIXED]
+        xw, xk, xv, xr, xg = op.pieces.mix_more(x, before, documents, vectors, more)
         exact = float32_at_least(x.dtype)
         w = self.time_decay.to(exact) + (torch.tanh(xw @ p["time_decay_w1"]) @ p["time_decay_w2"]).to(exact)
         return xr, xk, xv, xg, self.split(w)
@@ -90,6 +99,5 @@ class ChannelMix6(GatedChannelMix):
     time_maa_k: Tensor
     time_maa_r: Tensor
 
-    def mix(self, x: Tensor, shifted: Tensor) -> tuple[Tensor, Tensor]:
-        delta = shifted - x
-        return x + delta * self.time_maa_k.to(x.dtype), x + delta * self.time_maa_r.to(x.dtype)
+    def shares(self) -> Vectors:
+        return self.time_maa_k, self.time_maa_r

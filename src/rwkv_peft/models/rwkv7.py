@@ -13,13 +13,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..ops import Backend
-from .base import LN_X_EPS, ChannelMix, Rwkv, Shapes, Shared, TimeMix, common_sizes, shape_of, vector
-from .layers import Documents, GroupNorm, Linear, float32_at_least
+from ..ops.linear import Linear
+from ..ops.pieces import GroupNorm, Vectors, Vectors7
+from .base import LN_X_EPS, ChannelMix, Inputs, Rwkv, Shapes, Shared, TimeMix, common_sizes, shape_of, vector
+from .layers import Documents
 from .state import Sizes
+
+MIXES = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g")
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,17 @@ class Rwkv7(Rwkv):
 class TimeMix7(TimeMix):
     """The recurrence and what prepares its inputs."""
 
-    time_parameters = ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "v0", "k_k", "k_a", "r_k")
+    time_parameters = (*MIXES, "w0", "a0", "v0", "k_k", "k_a", "r_k")
+    w0: Tensor
+    a0: Tensor
+    k_k: Tensor
+    k_a: Tensor
 
     def __init__(self, sizes: Rwkv7Sizes, layer: int) -> None:
         super().__init__()
         D, H, N = sizes.width, sizes.heads, sizes.head_size
         self.heads, self.is_first = H, layer == 0
-        for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g", "w0", "a0", "k_k", "k_a"):
+        for name in (*MIXES, "w0", "a0", "k_k", "k_a"):
             self.register_parameter(name, vector(1, 1, D))
         self.w1, self.w2 = vector(D, sizes.rank_w), vector(sizes.rank_w, D)
         self.a1, self.a2 = vector(D, sizes.rank_a), vector(sizes.rank_a, D)
@@ -77,29 +84,23 @@ class TimeMix7(TimeMix):
         self.receptance, self.key, self.value, self.output = (Linear(D, D) for _ in range(4))
         self.ln_x = GroupNorm(H, D, eps=LN_X_EPS)
 
+    def shares(self) -> Vectors:
+        return [getattr(self, name) for name in MIXES]
+
     def forward(
-        self, x: Tensor, wkv: Tensor, before: Tensor, shared: Shared, documents: Documents, op: Backend
-    ) -> tuple[Tensor, Tensor, Tensor, Shared]:
-        p = self.cast(x.dtype)
-        shifted, last = documents.shift(x, before)
-        delta = shifted - x
-        xr, xw, xk, xv, xa, xg = (x + delta * p[name] for name in ("x_r", "x_w", "x_k", "x_v", "x_a", "x_g"))
+        self, mixed: Inputs, wkv: Tensor | None, before: Tensor, shared: Shared, documents: Documents, op: Backend
+    ) -> tuple[Tensor, Tensor, Shared]:
+        xr, xw, xk, xv, xa, xg = mixed
+        p = self.cast(xr.dtype)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        raw_w = p["w0"] + torch.tanh(xw @ p["w1"]) @ p["w2"]
-        w = -F.softplus(-raw_w.to(float32_at_least(x.dtype))) - 0.5
-        iclr = torch.sigmoid(p["a0"] + (xa @ p["a1"]) @ p["a2"])
+        w_low = torch.tanh(xw @ p["w1"]) @ p["w2"]
+        a_low = (xa @ p["a1"]) @ p["a2"]
+        v_low = None if self.is_first else (xv @ p["v1"]) @ p["v2"]
         gate = torch.sigmoid(xg @ p["g1"]) @ p["g2"]
-        if self.is_first:
-            shared = shared._replace(v_first=v)
-        else:
-            v = v + (shared.v_first - v) * torch.sigmoid(p["v0"] + (xv @ p["v1"]) @ p["v2"])
-        kk = F.normalize(self.split(k * p["k_k"]), dim=-1)
-        k = k * (1 + (iclr - 1) * p["k_a"])
-        r, w, k, v_heads, iclr = (self.split(y) for y in (r, w, k, v, iclr))
-        y, wkv = op.wkv7(r, w, k, v_heads, kk, iclr, wkv, documents.cu_seqlens)
-        bonus = (r * k * p["r_k"]).sum(-1, keepdim=True) * v_heads  # (B,T,H,N)
-        y = self.ln_x(y.flatten(2)) + bonus.flatten(2)
-        return self.output(y * gate), wkv, last, shared
+        vectors = Vectors7(self.w0, self.a0, None if self.is_first else self.v0, self.k_k, self.k_a, self.r_k)
+        inputs = (r, k, v, w_low, a_low, v_low, gate, shared.v_first)
+        out, wkv, v_first = op.pieces.core7(op.wkv7, *inputs, vectors, self.ln_x, wkv, documents)
+        return self.output(out), wkv, shared._replace(v_first=v_first)
 
 
 class ChannelMix7(ChannelMix):
@@ -113,7 +114,8 @@ class ChannelMix7(ChannelMix):
         self.key = Linear(sizes.width, sizes.ffn)
         self.value = Linear(sizes.ffn, sizes.width)
 
-    def forward(self, x: Tensor, before: Tensor, shared: Shared, documents: Documents) -> tuple[Tensor, Tensor]:
-        shifted, last = documents.shift(x, before)
-        k = self.key(x + (shifted - x) * self.x_k.to(x.dtype))
-        return self.value(torch.relu(k).square()), last
+    def shares(self) -> Vectors:
+        return (self.x_k,)
+
+    def forward(self, mixed: Inputs, shared: Shared, documents: Documents, op: Backend) -> Tensor:
+        return self.value(op.pieces.relu2(self.key(mixed[0])))  # type: ignore[no-any-return]

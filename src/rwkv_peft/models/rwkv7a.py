@@ -10,11 +10,13 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 
-import torch
 from torch import Tensor, nn
 
-from .base import Shapes, Shared, shape_of, vector
-from .layers import Documents, Linear
+from ..ops import Backend
+from ..ops.linear import Linear
+from ..ops.pieces import Vectors
+from .base import Inputs, Shapes, Shared, shape_of, vector
+from .layers import Documents
 from .rwkv7 import ChannelMix7, Rwkv7, Rwkv7Sizes, TimeMix7
 
 
@@ -55,10 +57,13 @@ class ChannelMix7a(ChannelMix7):
         self.s_emb_x = Linear(D, R * R)
         self.s1, self.s2, self.s0 = vector(D, R), vector(R, sizes.ffn), vector(1, 1, sizes.ffn)
 
-    def forward(self, x: Tensor, before: Tensor, shared: Shared, documents: Documents) -> tuple[Tensor, Tensor]:
-        shifted, last = documents.shift(x, before)
-        k = torch.relu(self.key(x + (shifted - x) * self.x_k.to(x.dtype))).square()
-        return self.value(k * self.scale(x, shared, documents)), last
+    def shares(self) -> Vectors:
+        return self.x_k, None
+
+    def forward(self, mixed: Inputs, shared: Shared, documents: Documents, op: Backend) -> Tensor:
+        xk, x = mixed
+        k = op.pieces.relu2(self.key(xk))
+        return self.value(k * self.scale(x, shared, documents))  # type: ignore[no-any-return]
 
     def scale(self, x: Tensor, shared: Shared, documents: Documents) -> Tensor:
         """x (B,T,D) → (B,T,F)."""

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from ..errors import ConfigError
-from . import chunked6, chunked7, reference
+from . import chunked6, chunked7, cuda, fla, reference, triton
+from .pieces import PLAIN, Pieces
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
 
@@ -27,6 +28,8 @@ class Backend:
     wkv7: Wkv
     supports: Callable[[torch.device, int], str | None]
     """(device, head size) → None, or the reason why it cannot run there."""
+    pieces: Pieces = PLAIN
+    """What lies between a layer's matrix products."""
 
 
 def _anywhere(device: torch.device, head_size: int) -> None:
@@ -34,6 +37,9 @@ def _anywhere(device: torch.device, head_size: int) -> None:
 
 
 BACKENDS = {
+    "triton": Backend("triton", triton.wkv5, triton.wkv6, triton.wkv7, triton.supports, triton.PIECES),
+    "cuda": Backend("cuda", cuda.wkv5, cuda.wkv6, cuda.wkv7, cuda.supports),
+    "fla": Backend("fla", fla.wkv5, fla.wkv6, fla.wkv7, fla.supports),
     "torch": Backend("torch", chunked6.wkv5, chunked6.wkv6, chunked7.wkv7, _anywhere),
     "reference": Backend("reference", reference.wkv5, reference.wkv6, reference.wkv7, _anywhere),
 }

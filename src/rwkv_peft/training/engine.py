@@ -34,7 +34,7 @@ class SingleProcess:
             torch._foreach_mul_(gradients, scale)
         return norm
 
-    def step(self, optimizer: torch.optim.Optimizer) -> None:
-        """Change the parameters, and drop the gradients."""
+    def step(self, optimizer: torch.optim.Optimizer, keep_gradients: bool = False) -> None:
+        """Change the parameters, and drop the gradients; or make them 0 where they are."""
         optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.zero_grad(set_to_none=not keep_gradients)

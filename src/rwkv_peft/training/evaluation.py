@@ -60,7 +60,7 @@ def evaluate(model: Rwkv, sampler: Sampler, engine: SingleProcess) -> float:
     targets = 0
     for step in range(sampler.steps(0, engine.world_size)):
         for batch in sampler.step(step, engine.rank, engine.world_size):
-            total += batch_loss(model, batch, 0.0)[0].double().cpu()
+            total += batch_loss(model, batch, 0.0)[1].double().cpu()
             targets += len(batch.labels)
     model.train(was_training)
     return engine.sum(float(total)) / engine.sum(targets)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
 
 import torch
@@ -11,13 +9,13 @@ import torch
 from ..adapters import extra_loss
 from ..config import TrainConfig
 from ..data.sampling import Sampler
-from ..errors import TrainingError
 from ..models import Rwkv
 from .engine import SingleProcess
 from .evaluation import Evaluation
-from .metrics import Metrics, StepRecord
+from .metrics import Metrics
 from .optim import set_rates
-from .step import batch_loss
+from .outcome import Guard, Log, Outcome
+from .step import MicroBatches
 
 
 def train_loop(
@@ -36,39 +34,29 @@ def train_loop(
     how the step is cut into micro-batches does not change it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    tokens_seen = 0
+    micro_batches = MicroBatches(model, config.logit_penalty, engine.backward, graphs=config.graphs)
+    guard, log = Guard(optimizer, model.like.device), Log(metrics)
     for step in range(metrics.total_steps):
-        began = time.perf_counter()
         batches = sampler.step(step, engine.rank, engine.world_size)
         targets = engine.sum(sum(len(batch.labels) for batch in batches))
-        step_loss = model.like.new_zeros((), dtype=torch.float32)
+        loss = model.like.new_zeros((), dtype=torch.float32)
         for batch in batches:
-            loss, penalty = batch_loss(model, batch, config.logit_penalty)
-            engine.backward((loss + penalty) / targets)
-            step_loss += loss.detach() / targets
+            loss += micro_batches.run(batch, targets)
         extra = extra_loss(model)
         if extra is not None:
             engine.backward(extra)
 
         lr = set_rates(optimizer, config, step, metrics.total_steps)
-        norm = engine.clip(trained, config.clip)
-        loss_value, norm_value = torch.stack((step_loss, norm)).tolist()
-        check_finite(step + 1, loss_value, norm_value)
-        engine.step(optimizer)
+        outcome = Outcome(step + 1, loss, engine.clip(trained, config.clip))
+        guard.check(outcome)
+        engine.step(optimizer, keep_gradients=micro_batches.graphs is not None)
 
-        tokens = engine.sum(sum(batch.inputs for batch in batches))
-        tokens_seen += tokens
-        speed = tokens / (time.perf_counter() - began)
-        record = StepRecord(step + 1, tokens_seen, loss_value, lr, norm_value, speed)
+        log.add(outcome, lr, engine.sum(sum(batch.inputs for batch in batches)))
         if evaluation and (step + 1 == metrics.total_steps or (step + 1) % evaluation.every == 0):
-            record.eval_loss = evaluation.measure(model, step + 1, engine)
-        metrics.add(record)
+            outcome.read()
+            log.write(evaluation.measure(model, step + 1, engine))
+        elif guard.waits:
+            log.write()
         if stopped() or (evaluation and evaluation.is_over):
             break
-
-
-def check_finite(step: int, loss: float, norm: float) -> None:
-    """Raise TrainingError if the loss or the gradient is NaN or Inf; the parameters are those of the step before."""
-    for what, value in (("loss", loss), ("gradient", norm)):
-        if not math.isfinite(value):
-            raise TrainingError(f"step {step}: the {what} is {value}; try a lower --lr, or --precision fp32")
+    log.write()

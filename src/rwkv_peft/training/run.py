@@ -14,7 +14,15 @@ from pathlib import Path
 import torch
 from rich.console import Console
 
-from ..adapters import SavedAdapter, attach_adapter, attach_saved, follow, read_adapter, save_adapter
+from ..adapters import (
+    SavedAdapter,
+    attach_adapter,
+    attach_saved,
+    draws_random_numbers,
+    follow,
+    read_adapter,
+    save_adapter,
+)
 from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, write_tensors
@@ -34,6 +42,7 @@ from .loop import train_loop
 from .metrics import Metrics
 from .optim import build_optimizer, check_optimizer
 
+KEPT = {"none": 26, "selective": 10}  # numbers a channel that a layer keeps for the backward pass, about
 LONGEST_NAME = 255  # bytes that file systems allow
 
 
@@ -145,8 +154,22 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
         names = [name for part in parts for name in part_names(model, part)]
         check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
         make_trainable(model, names)
-    model.grad_checkpoint = config.grad_checkpoint
+    model.draws = draws_random_numbers(model)
+    assert config.micro_batch is not None
+    tokens = config.micro_batch * config.ctx_len
+    chosen = config.grad_checkpoint
+    model.grad_checkpoint = choose_checkpoint(model, tokens) if chosen == "auto" else chosen
     model.train()
+
+
+def choose_checkpoint(model: Rwkv, tokens: int) -> str:
+    """The least that must be computed anew for micro-batches of so many tokens to fit into the GPU's memory."""
+    if model.like.device.type != "cuda":
+        return "none"
+    free, _ = torch.cuda.mem_get_info(model.like.device)
+    unit = tokens * model.sizes.width * model.sizes.layers * model.like.element_size()  # one number a channel and layer
+    fitting = (mode for mode, kept in KEPT.items() if kept * unit < free / 2)
+    return next(fitting, "block")
 
 
 def check_continued(config: TrainConfig, model: Rwkv) -> None:

@@ -1,20 +1,54 @@
-"""One micro-batch: its loss."""
+"""One micro-batch: its loss, and its gradients."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 from torch import Tensor
 
 from ..data.batches import Batch
 from ..models import Rwkv
+from ..models.layers import Documents
 from ..ops.loss import next_token_loss
+from .graphs import Graphs, why_not
 
 
 def batch_loss(model: Rwkv, batch: Batch, logit_penalty: float) -> tuple[Tensor, Tensor]:
-    """Sums over the batch's target tokens of the cross-entropy and of the logit penalty.
-
-    Only the places that predict a target reach the head.
-    """
+    """Sums over the batch's target tokens: of cross-entropy and logit penalty, to train on; of cross-entropy alone."""
     device = model.like.device
-    hidden, _ = model.hidden(batch.tokens.to(device, non_blocking=True), cu_seqlens=batch.cu_seqlens)
-    places = hidden.flatten(0, 1)[batch.positions.to(device, non_blocking=True)]
-    return next_token_loss(places, model.head, batch.labels.to(device, non_blocking=True), logit_penalty)
+    tokens, positions, labels = (x.to(device, non_blocking=True) for x in (batch.tokens, batch.positions, batch.labels))
+    return loss_at(model, Documents(tokens, batch.cu_seqlens), positions, labels, logit_penalty)
+
+
+def loss_at(
+    model: Rwkv, documents: Documents, positions: Tensor, labels: Tensor, logit_penalty: float
+) -> tuple[Tensor, Tensor]:
+    """As `batch_loss`, of tensors on the model's device. Only the places that predict a target reach the head."""
+    places = model.hidden_of(documents).flatten(0, 1).index_select(0, positions)
+    return next_token_loss(places, model.head, labels, logit_penalty)
+
+
+class MicroBatches:
+    """Runs micro-batches forward and backward, as CUDA graphs where they can be; the gradients add up in `.grad`."""
+
+    def __init__(
+        self, model: Rwkv, logit_penalty: float, backward: Callable[[Tensor], None], graphs: bool = False
+    ) -> None:
+        self.model, self.logit_penalty, self.backward = model, logit_penalty, backward
+        self.graphs = Graphs(self._forward_and_backward, model.like.device) if graphs and not why_not(model) else None
+
+    def run(self, batch: Batch, targets: int) -> Tensor:
+        """The batch's share of the mean cross-entropy of a step that has so many `targets`; a scalar without gradient.
+
+        The gradients are of the loss with the penalty, divided by `targets`.
+        """
+        if self.graphs is not None and self.graphs.takes(batch):
+            return self.graphs.run(batch, 1 / targets)
+        total, loss = batch_loss(self.model, batch, self.logit_penalty)
+        self.backward(total / targets)
+        return loss / targets
+
+    def _forward_and_backward(self, documents: Documents, positions: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
+        total, loss = loss_at(self.model, documents, positions, labels, self.logit_penalty)
+        self.backward(total * factor)
+        return loss * factor

@@ -1,0 +1,182 @@
+"""Operators in CUDA C++, exact in float32: for NVIDIA cards where Triton is missing, and as a second opinion on it.
+
+The kernels (`*.cu`) run the recurrences token by token. They are compiled on first use; nothing is at import.
+
+Axes: B batch, T tokens, H heads, N head size, S documents, P blocks that share a head in the backward.
+"""
+
+from __future__ import annotations
+
+import sys
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from .build import find_nvcc
+from .library import DTYPES, NO_NVCC, Call, backward_parts, run
+
+HEAD_SIZES = (64, 128)
+SEGMENT = 32  # tokens from one kept state to the next, as in common.cuh
+INPUTS = {5: ("r", "w", "k", "v", "u"), 6: ("r", "w", "k", "v", "u"), 7: ("r", "w", "k", "v", "kk", "iclr")}
+
+
+def supports(device: torch.device, head_size: int) -> str | None:
+    """None, or the reason why the kernels cannot run there. Compiles nothing."""
+    if device.type != "cuda":
+        return f"needs a GPU, and the model is on {device.type}"
+    if torch.version.cuda is None or sys.platform == "win32":
+        return "needs a card from NVIDIA and Linux"
+    if head_size not in HEAD_SIZES:
+        return f"knows heads of 64 and 128, not of {head_size}"
+    return NO_NVCC if find_nvcc() is None else None
+
+
+def wkv7(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    kk: Tensor,
+    iclr: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `reference.wkv7`: arguments, shapes and results are described there."""
+    return _wkv(7, (r, w, k, v, kk, iclr), initial_state, cu_seqlens)
+
+
+def wkv6(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `reference.wkv6`: arguments, shapes and results are described there."""
+    return _wkv(6, (r, w, k, v, u), initial_state, cu_seqlens)
+
+
+def wkv5(
+    r: Tensor,
+    w: Tensor,
+    k: Tensor,
+    v: Tensor,
+    u: Tensor,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The same function as `reference.wkv5`: arguments, shapes and results are described there."""
+    return _wkv(5, (r, w, k, v, u), initial_state, cu_seqlens)
+
+
+def _wkv(
+    version: int, inputs: tuple[Tensor, ...], initial_state: Tensor | None, cu_seqlens: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    r = inputs[0]
+    for name, x in zip(INPUTS[version], inputs, strict=True):
+        shape = r.shape[2:] if name == "u" or (name == "w" and version == 5) else r.shape
+        if x.dtype not in DTYPES or x.shape != shape:
+            raise ValueError(
+                f"wkv{version} of --op cuda: {name} is {x.dtype} {tuple(x.shape)}; "
+                f"must be float32, bfloat16 or float16 {tuple(shape)}; --op torch takes other dtypes"
+            )
+    offsets = None if cu_seqlens is None else _offsets(cu_seqlens, r.device)
+    documents, (_, _, H, N) = len(r) if offsets is None else len(offsets) - 1, r.shape
+    if initial_state is not None and initial_state.shape != (documents, H, N, N):
+        raise ValueError(
+            f"wkv{version}: initial_state is {tuple(initial_state.shape)}; must be {(documents, H, N, N)} (S,H,N,N)"
+        )
+    trains = any(x is not None and x.requires_grad for x in (*inputs, initial_state))
+    y, final_state = _Wkv.apply(  # type: ignore[no-untyped-call]
+        version, trains and torch.is_grad_enabled(), offsets, initial_state, *inputs
+    )
+    return y, final_state
+
+
+def _offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
+    """(S+1) int32 on the device; nothing is waited for."""
+    if cu_seqlens.device.type != "cpu":
+        return cu_seqlens.to(torch.int32).contiguous()
+    return _moved(tuple(cu_seqlens.tolist()), device)
+
+
+@lru_cache(maxsize=8)  # every layer of a model asks for the same
+def _moved(bounds: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(bounds, dtype=torch.int32).to(device)
+
+
+class _Wkv(torch.autograd.Function):
+    """Both directions of every version; keeps the inputs and one state in float32 for every 32 tokens."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, version: int, trains: bool, offsets: Tensor | None, initial_state: Tensor | None, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        named = {n: _dense(x.float() if n == "u" else x) for n, x in zip(INPUTS[version], inputs, strict=True)}
+        r = named["r"]
+        B, T, H, N = r.shape
+        call = _call(version, named, offsets)
+        y, final = torch.empty_like(r), r.new_empty(call.documents, H, N, N, dtype=torch.float32)
+        initial = None if initial_state is None else _dense(initial_state.float())
+        kept = removed = None
+        if trains:
+            kept = r.new_empty(B * T // SEGMENT + call.documents, H, N, N, dtype=torch.float32)
+            removed = torch.empty_like(r, dtype=torch.float32) if version == 7 else None
+        call.give(y=y, initial=initial, final=final, kept=kept, removed=removed)
+        run(f"wkv{max(version, 6)}_forward", call, N, r.device)
+        ctx.save_for_backward(offsets, kept, removed, *named.values())
+        ctx.version, ctx.state_dtype = version, None if initial_state is None else initial_state.dtype
+        ctx.dtypes = [x.dtype for x in inputs]
+        ctx.set_materialize_grads(False)
+        return y, final
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
+        offsets, kept, removed, *inputs = ctx.saved_tensors
+        named, name = dict(zip(INPUTS[ctx.version], inputs, strict=True)), f"wkv{max(ctx.version, 6)}_backward"
+        r = named["r"]
+        N = r.shape[3]
+        call = _call(ctx.version, named, offsets)
+        P = call.parts = backward_parts(name, call, N, r.device)
+        gradients = {n: _gradient(n, x, P, call.documents) for n, x in named.items()}
+        dy = torch.zeros_like(r) if dy is None else _dense(dy)
+        d_final = None if d_final is None else _dense(d_final)
+        d_initial = None if ctx.state_dtype is None else torch.empty_like(kept[: call.documents])
+        call.give(**{f"d{n}": x for n, x in gradients.items()}, dy=dy, kept=kept, removed=removed)
+        call.give(d_initial=d_initial, d_final=d_final)
+        run(name, call, N, r.device)
+        summed = (_sum_to(gradients[n], x.ndim) for n, x in named.items())
+        given = (x.to(dtype) for x, dtype in zip(summed, ctx.dtypes, strict=True))
+        return None, None, None, None if d_initial is None else d_initial.to(ctx.state_dtype), *given
+
+
+def _call(version: int, named: dict[str, Tensor], offsets: Tensor | None) -> Call:
+    """The arguments that both directions share."""
+    B, T, H, _ = named["r"].shape
+    call = Call(tokens=T, heads=H, documents=B if offsets is None else len(offsets) - 1, parts=1)
+    call.one_decay = version == 5
+    call.give(**named, offsets=offsets)
+    return call
+
+
+def _gradient(name: str, x: Tensor, P: int, documents: int) -> Tensor:
+    """Room for what the kernel writes: in x's own form, or with axes before it that are to be summed over."""
+    if x.ndim == 2:  # u, and version 5's w
+        return x.new_empty(P, documents, *x.shape, dtype=torch.float32)
+    return torch.empty_like(x) if P == 1 or name == "v" else x.new_empty(P, *x.shape, dtype=torch.float32)
+
+
+def _sum_to(x: Tensor, axes: int) -> Tensor:
+    return x if x.ndim == axes else x.sum(tuple(range(x.ndim - axes)))
+
+
+def _dense(x: Tensor) -> Tensor:
+    """Contiguous, and aligned for loads of 16 bytes."""
+    x = x.contiguous()
+    return x if x.data_ptr() % 16 == 0 else x.clone()
