@@ -21,7 +21,7 @@ from ..ops import Backend
 from ..ops.linear import Linear
 from ..ops.pieces import LayerNorm, Vectors
 from .layers import Documents
-from .state import STATES, ModelState, Sizes
+from .state import ModelState, Sizes
 
 Shapes = Mapping[str, tuple[int, ...]]
 Inputs = tuple[Tensor, ...]
@@ -54,10 +54,11 @@ class TimeMix(nn.Module, ABC):
         self.register_parameter("time_state", None)
         self.register_parameter("shift_state", None)
 
-    def cast(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """The layer's own vectors and matrices in a dtype, but for the learned state."""
-        own = self.named_parameters(recurse=False)
-        return {name: value.to(dtype) for name, value in own if not f".{name}".endswith(STATES)}
+    def low_rank(self, x: Tensor, name: str, between: Callable[[Tensor], Tensor] | None = None) -> Tensor:
+        """x (…,D) times the layer's own matrices `name`1 and `name`2, with a function in between."""
+        inner = x @ getattr(self, f"{name}1").to(x.dtype)
+        outer: Tensor = (inner if between is None else between(inner)) @ getattr(self, f"{name}2").to(x.dtype)
+        return outer
 
     def split(self, x: Tensor) -> Tensor:
         """(B,T,D) → (B,T,H,N)."""

@@ -78,13 +78,13 @@ class TimeMix6(GatedTimeMix):
         self, mixed: Inputs, before: Tensor, documents: Documents, op: Backend
     ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
         x, xx = mixed
-        p = self.cast(x.dtype)
-        low = torch.tanh(xx @ p["time_maa_w1"])  # (B,T,5·rank)
-        more = torch.einsum("btmr,mrd->mbtd", low.view(*x.shape[:2], len(MIXED), -1), p["time_maa_w2"])
+        low = torch.tanh(xx @ self.time_maa_w1.to(x.dtype))  # (B,T,5·rank)
+        outer = self.time_maa_w2.to(x.dtype)
+        more = torch.einsum("btmr,mrd->mbtd", low.view(*x.shape[:2], len(MIXED), -1), outer)
         vectors = [getattr(self, f"time_maa_{name}") for name in MIXED]
         xw, xk, xv, xr, xg = op.pieces.mix_more(x, before, documents, vectors, more)
         exact = float32_at_least(x.dtype)
-        w = self.time_decay.to(exact) + (torch.tanh(xw @ p["time_decay_w1"]) @ p["time_decay_w2"]).to(exact)
+        w = self.time_decay.to(exact) + self.low_rank(xw, "time_decay_w", torch.tanh).to(exact)
         return xr, xk, xv, xg, self.split(w)
 
     @staticmethod

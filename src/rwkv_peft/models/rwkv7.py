@@ -91,12 +91,10 @@ class TimeMix7(TimeMix):
         self, mixed: Inputs, wkv: Tensor | None, before: Tensor, shared: Shared, documents: Documents, op: Backend
     ) -> tuple[Tensor, Tensor, Shared]:
         xr, xw, xk, xv, xa, xg = mixed
-        p = self.cast(xr.dtype)
         r, k, v = self.receptance(xr), self.key(xk), self.value(xv)
-        w_low = torch.tanh(xw @ p["w1"]) @ p["w2"]
-        a_low = (xa @ p["a1"]) @ p["a2"]
-        v_low = None if self.is_first else (xv @ p["v1"]) @ p["v2"]
-        gate = torch.sigmoid(xg @ p["g1"]) @ p["g2"]
+        w_low, a_low = self.low_rank(xw, "w", torch.tanh), self.low_rank(xa, "a")
+        v_low = None if self.is_first else self.low_rank(xv, "v")
+        gate = self.low_rank(xg, "g", torch.sigmoid)
         vectors = Vectors7(self.w0, self.a0, None if self.is_first else self.v0, self.k_k, self.k_a, self.r_k)
         inputs = (r, k, v, w_low, a_low, v_low, gate, shared.v_first)
         out, wkv, v_first = op.pieces.core7(op.wkv7, *inputs, vectors, self.ln_x, wkv, documents)

@@ -34,6 +34,7 @@ W_DTYPE = {torch.bfloat16: torch.float16, torch.float16: torch.float16, torch.fl
 ELEMENTS = 1024  # of a tile: 8 for each of 128 threads, which are 16 bytes of bfloat16
 MOST_HEADS = 4  # of a program
 MOST_TILES = 16  # that a program walks over
+LEAST_TILES = 4  # where programs leave partial sums
 PROGRAMS = 2048  # keep a GPU busy: with more tokens, programs walk further
 SLOTS = 8  # of partial sums: w0 a0 v0 k_k k_a r_k, weight and bias of ln_x
 
@@ -161,11 +162,11 @@ class _Plan(NamedTuple):
     runs: int
 
     @staticmethod
-    def of(x: _Inputs) -> _Plan:
+    def of(x: _Inputs, least: int = 1) -> _Plan:
         H, N = x.r_k.shape
         tokens, together = x.r.shape[0] * x.r.shape[1], gcd(H, MOST_HEADS)
         tiles = tokens * H * N // ELEMENTS
-        run = min(MOST_TILES, max(1, tiles // PROGRAMS)) * (ELEMENTS // N // together)
+        run = min(MOST_TILES, max(least, tiles // PROGRAMS)) * (ELEMENTS // N // together)
         return _Plan(H, N, together, tokens, run, -(-tokens // run))
 
     def launch(self, kernel: Any, *args: Any, **constants: bool) -> None:
@@ -191,7 +192,7 @@ class _Core7(torch.autograd.Function):
         out = torch.empty_like(x.r)
         plan.launch(_finish, y, x.r, p.k, p.v, x.gate, x.r_k, x.weight, x.bias, out, options.eps)
         if options.keep:
-            ctx.options, ctx.plan, ctx.spent = options, plan, False
+            ctx.options, ctx.spent = options, False
             ctx.make = getattr(type(saved), "_make", tuple)  # a named tuple comes back as one
             ctx.form = [Tensor if isinstance(s, Tensor) else s for s in saved]
             own = (s for s in saved if isinstance(s, Tensor))
@@ -209,10 +210,10 @@ class _Core7(torch.autograd.Function):
         ctx: Any, dout: Tensor | None, dfinal: Tensor | None, dlater: Tensor | None
     ) -> tuple[Tensor | None, ...]:
         """`dlater` is the gradient of v_first from the layers that come later."""
-        plan: _Plan = ctx.plan
         x, y, p, saved = _restore(ctx)
         needed, kept = ctx.needs_input_grad[1:], p is not None
         train, flags = needed[8:16], {"FIRST": x.v_low is None}
+        plan = _Plan.of(x, LEAST_TILES if any(train) else 1)
         sums = plan.sums(x.r.device) if any(train) else None
         dout = torch.zeros_like(x.r) if dout is None else dout.contiguous()
         dy, dgate, dr, dk, dv = (torch.empty_like(x.r) for _ in range(5))

@@ -25,7 +25,8 @@ from .activations import fits
 MOST_MIXES = 6
 WIDEST = 16384
 PROGRAMS = 2112  # 16 for each of an H100's processors
-SUMMING = 528  # programs that leave partial sums
+SUMMING = 528  # programs that leave partial sums, each of at least so many tokens
+LEAST_RUN = 8
 COLUMNS = 1024  # of a program that needs no whole row
 
 Gradients = tuple[Tensor | None, ...]
@@ -97,6 +98,8 @@ class _NormMix(torch.autograd.Function):
         where, needs, (tokens, D) = ctx.where, ctx.needs_input_grad, (len(mean), x.shape[-1])
         summed = any(needs[2:4]), any(needs[6:])  # of the norm, of the mixes
         run, block = triton.cdiv(tokens, SUMMING if any(summed) else PROGRAMS), triton.next_power_of_2(D)
+        if any(summed):
+            run = max(run, LEAST_RUN)
         programs = triton.cdiv(tokens, run)
         norm_sums = x.new_empty(programs, 2, D, dtype=torch.float32) if summed[0] else None
         mix_sums = x.new_empty(programs, len(vectors), D, dtype=torch.float32) if summed[1] else None
@@ -105,7 +108,7 @@ class _NormMix(torch.autograd.Function):
             *(x, mean, rstd, weight, bias, before, where.starts, where.ends, tuple(vectors)),
             *(_contiguous(dtotal), _contiguous(dlast), tuple(_contiguous(d) for d in dmixed)),
             *(dx, dbefore, norm_sums, mix_sums, tokens, run),
-            **{"D": D, "BLOCK": block, **_resources(block, any(summed))},
+            **{"D": D, "BLOCK": block, **_resources(block, len(vectors) if any(summed) else 0)},
         )
         dweight, dbias = (None, None) if norm_sums is None else norm_sums.sum(0).to(weight.dtype)
         dadded = dx if needs[1] else None
@@ -157,11 +160,13 @@ def _warps(block: int, each: int) -> int:
     return max(1, min(16, block // (32 * each)))
 
 
-def _resources(block: int, sums: bool) -> dict[str, int]:
-    """How the backward of a row runs: with sums, one program fills a processor's registers and must load ahead."""
+def _resources(block: int, sums: int) -> dict[str, int]:
+    """How the backward of a row runs; with sums for some mixes, few programs fit a processor and must load ahead."""
     if not sums:
         return {"STAGES": 1, "num_warps": _warps(block, 16)}
-    return {"STAGES": 2 if block <= 2048 else 1, "num_warps": _warps(block, 4)}
+    if block > 2048:
+        return {"STAGES": 1, "num_warps": _warps(block, 4)}
+    return {"STAGES": 3, "num_warps": _warps(block, 4)} if sums > 2 else {"STAGES": 2, "num_warps": _warps(block, 8)}
 
 
 def _columns(tokens: int, D: int, programs: int) -> tuple[int, tuple[int, int], dict[str, int]]:

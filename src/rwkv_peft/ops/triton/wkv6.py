@@ -199,7 +199,7 @@ def _decay(weights, count, log_decay, SHARED: tl.constexpr, KIND: tl.constexpr):
 
 
 @triton.jit
-def _log_gradient(weights, count, change, SHARED: tl.constexpr, KIND: tl.constexpr):
+def _log_gradient(between_ptr, which, C: tl.constexpr, count, change, SHARED: tl.constexpr, KIND: tl.constexpr):
     """From the gradient of a decay's logarithm to that of each token's.
 
     With SHARED, the sum over the tokens is what matters, not where each part stands.
@@ -207,7 +207,9 @@ def _log_gradient(weights, count, change, SHARED: tl.constexpr, KIND: tl.constex
     if SHARED:
         return count.to(tl.float32) * change
     else:
-        return dot(tl.trans(weights), change, KIND)
+        token, other = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
+        weights = tl.load(between_ptr + which * (C * C) + other * C + token)  # transposed
+        return dot(weights, change, KIND)
 
 
 @triton.jit
@@ -333,7 +335,7 @@ def _gradients(
 
     # through the states
     dr, dk, dend = tl.zeros((C, KEYS), tl.float32), tl.zeros((C, KEYS), tl.float32), tl.zeros((KEYS,), tl.float32)
-    dpairs = tl.zeros((C, C), tl.float32)
+    dpairs, transposed = tl.zeros((C, C), tl.float32), tl.zeros((C, C), tl.float32)
     for row in range(0, N, ROWS):
         v = tl.load(_tile(v_ptr, start, h, H, row, N, C, ROWS), mask=inside, other=0.0)
         dy = tl.load(_tile(dy_ptr, start, h, H, row, N, C, ROWS), mask=inside, other=0.0)
@@ -343,18 +345,19 @@ def _gradients(
         dr += dot(dy, S, KIND)
         dk += dot(v, dS, KIND)
         dpairs += dot(dy, tl.trans(v), KIND)
+        transposed += dot(v, tl.trans(dy), KIND)
     own = tl.sum(tl.where(token == other, dpairs, 0.0), 1)[:, None]
-    dmeet = dpairs.to(tl.float32 if KIND == 0 else tl.bfloat16)
-    dmeet = tl.where(token > other, dmeet, tl.trans(dmeet))  # symmetric, as reader and read stand in one tile z
+    dmeet = tl.where(token > other, dpairs, transposed)  # symmetric, as reader and read stand in one tile z
+    dmeet = dmeet.to(tl.float32 if KIND == 0 else tl.bfloat16)
     log_decay = _log_decays(w_ptr, start, length, h, H, key, N, C, KEYS, SHARED)
     r = tl.load(_tile(r_ptr, start, h, H, key, N, C, KEYS), mask=inside, other=0.0)
     k = tl.load(_tile(k_ptr, start, h, H, key, N, C, KEYS), mask=inside, other=0.0)
     weights, count = _between(between_ptr, SINCE, C), token
     dr *= _decay(weights, count, log_decay, SHARED, KIND)
-    dlog = _log_gradient(weights, count, dr * r.to(tl.float32), SHARED, KIND)
+    dlog = _log_gradient(between_ptr, SINCE, C, count, dr * r.to(tl.float32), SHARED, KIND)
     weights, count = _between(between_ptr, UNTIL, C), length - 1 - token
     dk *= _decay(weights, count, log_decay, SHARED, KIND)
-    dlog += _log_gradient(weights, count, dk * k.to(tl.float32), SHARED, KIND)
+    dlog += _log_gradient(between_ptr, UNTIL, C, count, dk * k.to(tl.float32), SHARED, KIND)
     dlog += (dend * tl.exp(tl.sum(log_decay, 0)))[None, :]
 
     # through the token itself
@@ -371,7 +374,7 @@ def _gradients(
         decay = _decay(weights, count, log_decay, SHARED, KIND)
         z = tl.where(right, r, k).to(tl.float32) * decay
         dz = dot(tl.where(other >> level == half ^ 1, dmeet, 0.0), z, KIND)
-        dlog += _log_gradient(weights, count, dz * z, SHARED, KIND)
+        dlog += _log_gradient(between_ptr, level, C, count, dz * z, SHARED, KIND)
         dz *= decay
         dr += tl.where(right, dz, 0.0)
         dk += tl.where(right, 0.0, dz)
