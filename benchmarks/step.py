@@ -25,6 +25,7 @@ from rwkv_peft.checkpoint import DTYPES
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batches import Batch
 from rwkv_peft.models import Rwkv
+from rwkv_peft.training.checkpointing import choose_checkpoint
 from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.loop import train_loop
 from rwkv_peft.training.metrics import StepRecord
@@ -147,6 +148,9 @@ def measure(case: Original, args: Any) -> dict[str, Any]:
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
         prepare(model, config)
+        if case.peak_gib and args.grad_checkpoint is None:  # no more memory than the original's
+            free = 0.97 * case.peak_gib * GIB - torch.cuda.memory_allocated(device)
+            model.grad_checkpoint = choose_checkpoint(model, rows * case.ctx, free)
         synchronise(device)
         row["attach s"] = time.perf_counter() - began
         clock = run_steps(model, config, random_batches(sizes.vocab_size, case.ctx, rows, args.packed), args)
@@ -187,7 +191,10 @@ def main() -> None:
     parser.add_argument("--ctx", nargs="+", type=int)
     parser.add_argument("--micro-batch", nargs="+", type=int)
     parser.add_argument("--packed", action="store_true")
-    parser.add_argument("--grad-checkpoint", help="as of `rwkv-peft train`; [its default]")
+    parser.add_argument(
+        "--grad-checkpoint",
+        help="as of train; [for the original's runs what fits into its memory, else auto]",
+    )
     parser.add_argument("--op", default="auto")
     parser.add_argument("--precision", choices=list(DTYPES))
     parser.add_argument("--warm-up", type=int, default=6, help="steps")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -185,7 +185,8 @@ class Rwkv(nn.Module, ABC):
     def __init__(self, sizes: Sizes) -> None:
         super().__init__()
         self.sizes = sizes
-        self.grad_checkpoint, self.draws = "none", True  # see `Block.forward`
+        self.grad_checkpoint: str | tuple[str, ...] = "none"  # of all layers, or of each; see `Block.forward`
+        self.draws = True
         self.adapter_bases = {}
         # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -231,8 +232,8 @@ class Rwkv(nn.Module, ABC):
             raise ValueError(f"state has {state.wkv.shape[1]} entries; the tokens hold {documents.count} documents")
         x, shared = self.emb(tokens).to(self.dtype), Shared(self.like, self.like)  # layer 0 sets what is shared
         wkv, shift = [], []
-        for block, wkv_in, shift_in in zip(self.blocks, state.wkv, state.shift, strict=True):
-            args = (wkv_in, shift_in, documents, self.op, self.grad_checkpoint, self.draws)
+        for block, wkv_in, shift_in, mode in zip(self.blocks, state.wkv, state.shift, self.checkpoints(), strict=True):
+            args = (wkv_in, shift_in, documents, self.op, mode, self.draws)
             x, shared, wkv_out, shift_out = block(x, shared, *args)
             wkv.append(wkv_out)
             shift.append(shift_out)
@@ -242,10 +243,15 @@ class Rwkv(nn.Module, ABC):
         """As `hidden` of the tokens of `documents` from the initial state, but makes no state: (B,T,D)."""
         x, shared = self.emb(documents.tokens).to(self.dtype), Shared(self.like, self.like)
         zeros = x.new_zeros(documents.count, self.sizes.width)
-        for block in self.layers():
-            args = (*block.start(zeros), documents, self.op, self.grad_checkpoint, self.draws)
+        for block, mode in zip(self.layers(), self.checkpoints(), strict=True):
+            args = (*block.start(zeros), documents, self.op, mode, self.draws)
             x, shared, _, _ = block(x, shared, *args)
         return self.ln_out(x)  # type: ignore[no-any-return]
+
+    def checkpoints(self) -> Sequence[str]:
+        """`grad_checkpoint` of each layer."""
+        one = self.grad_checkpoint
+        return (one,) * self.sizes.layers if isinstance(one, str) else one
 
     def layers(self) -> list[Block]:
         """The layers, in order."""

@@ -36,13 +36,13 @@ from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
 from ..yaml_config import to_yaml
+from .checkpointing import choose_checkpoint, free_memory
 from .engine import SingleProcess
 from .evaluation import Evaluation
 from .loop import train_loop
 from .metrics import Metrics
 from .optim import build_optimizer, check_optimizer
 
-KEPT = {"none": 26, "selective": 10}  # numbers a channel that a layer keeps for the backward pass, about
 LONGEST_NAME = 255  # bytes that file systems allow
 
 
@@ -155,21 +155,18 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
         check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
         make_trainable(model, names)
     model.draws = draws_random_numbers(model)
-    assert config.micro_batch is not None
-    tokens = config.micro_batch * config.ctx_len
-    chosen = config.grad_checkpoint
-    model.grad_checkpoint = choose_checkpoint(model, tokens) if chosen == "auto" else chosen
+    model.grad_checkpoint = checkpoint_of(model, config)
     model.train()
 
 
-def choose_checkpoint(model: Rwkv, tokens: int) -> str:
-    """The least that must be computed anew for micro-batches of so many tokens to fit into the GPU's memory."""
+def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
+    """What the layers compute anew; `auto` is decided for each of them."""
+    if config.grad_checkpoint != "auto":
+        return config.grad_checkpoint
     if model.like.device.type != "cuda":
         return "none"
-    free, _ = torch.cuda.mem_get_info(model.like.device)
-    unit = tokens * model.sizes.width * model.sizes.layers * model.like.element_size()  # one number a channel and layer
-    fitting = (mode for mode, kept in KEPT.items() if kept * unit < free / 2)
-    return next(fitting, "block")
+    assert config.micro_batch is not None
+    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device))
 
 
 def check_continued(config: TrainConfig, model: Rwkv) -> None:
