@@ -10,8 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from rwkv_peft.ops import reference
-from rwkv_peft.ops.triton import chunks
+from rwkv_peft.ops import chunks, reference
 
 triton6 = pytest.importorskip("rwkv_peft.ops.triton.wkv6", reason="the package triton is not installed")
 

@@ -32,8 +32,8 @@ def run_doctor(config: DoctorConfig, console: Console | None = None) -> bool:
         checks = list(check_backends(device, lambda what: status.update(f"testing {what}")))
     show(console, "Self-test against float64: relative error of outputs and gradients", verdicts(checks))
     if config.seconds > 0:
-        auto = choose_backend("auto", device, HEAD_SIZE).name
-        right = [v for v in VERSIONS if all(c.passed for c in checks if (c.backend, c.version) == (auto, v))]
+        auto = {v: choose_backend("auto", device, HEAD_SIZE, v).name for v in VERSIONS}
+        right = [v for v in VERSIONS if all(c.passed for c in checks if (c.backend, c.version) == (auto[v], v))]
         with console.status("measuring"):
             lines = list(speeds(device, right, config.seconds))
         show(console, "Speed", lines)
@@ -60,9 +60,11 @@ def name_of(device: torch.device) -> str:
 
 def backends(device: torch.device) -> Iterator[Line]:
     """What `auto` takes, and for every backend whether it runs, or why not."""
-    chosen = choose_backend("auto", device, HEAD_SIZE).name
     for version in VERSIONS:
-        yield f"RWKV-{version}", f"uses {chosen}"
+        yield (
+            f"RWKV-{version}",
+            f"uses {choose_backend('auto', device, HEAD_SIZE, version).name}",
+        )
     for name, backend in BACKENDS.items():
         reason = backend.supports(device, HEAD_SIZE)
         yield name, "runs" if reason is None else f"cannot run: {reason}"

@@ -44,10 +44,11 @@ def speeds(device: torch.device, versions: Sequence[int], seconds: float) -> Ite
 
 def of_operators(device: torch.device, versions: Sequence[int]) -> Iterator[Measurement]:
     """Forward and backward of one layer's operator, by the backend that `auto` takes."""
-    auto, dtype = choose_backend("auto", device, HEAD_SIZE).name, usual_dtype(device)
+    dtype = usual_dtype(device)
     B, T, H = SHAPES[device.type]
     what = f"operator of one layer of width {H * HEAD_SIZE}, forward and backward, {name_of(dtype)}"
     for version in versions:
+        auto = choose_backend("auto", device, HEAD_SIZE, version).name
         yield Measurement(
             f"RWKV-{version} {auto}",
             partial(operator, auto, version, B, T, H, dtype, device),

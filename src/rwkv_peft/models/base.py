@@ -167,6 +167,8 @@ class Rwkv(nn.Module, ABC):
 
     version: ClassVar[str]
     """As file names have it, e.g. x070."""
+    wkv: ClassVar[int]
+    """Which of the operators is its recurrence: 5, 6 or 7."""
     title: ClassVar[str]
     """For people, e.g. RWKV-7."""
     mark: ClassVar[str]

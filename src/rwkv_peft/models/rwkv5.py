@@ -35,6 +35,7 @@ class Rwkv5(Rwkv):
     """The model."""
 
     version = "x052"
+    wkv = 5
     title = "RWKV-5.2"
     mark = ".att.time_faaaa"
 

@@ -41,6 +41,7 @@ class Rwkv6(Rwkv):
     """The model."""
 
     version = "x060"
+    wkv = 6
     title = "RWKV-6"
     mark = ".att.time_maa_x"
     sizes: Rwkv6Sizes

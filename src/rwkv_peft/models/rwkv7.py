@@ -48,6 +48,7 @@ class Rwkv7(Rwkv):
     """The model."""
 
     version = "x070"
+    wkv = 7
     title = "RWKV-7"
     mark = ".att.r_k"
     unused = frozenset({"blocks.0.att.v0", "blocks.0.att.v1", "blocks.0.att.v2"})  # layer 0 has no value residual

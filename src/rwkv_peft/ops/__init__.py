@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..errors import ConfigError
 from . import chunked6, chunked7, cuda, fla, reference, triton
+from .cuda import layers as cuda_layers
 from .pieces import PLAIN, Pieces
 
 Wkv = Callable[..., tuple[Tensor, Tensor]]
@@ -38,19 +39,22 @@ def _anywhere(device: torch.device, head_size: int) -> None:
 
 BACKENDS = {
     "triton": Backend("triton", triton.wkv5, triton.wkv6, triton.wkv7, triton.supports, triton.PIECES),
-    "cuda": Backend("cuda", cuda.wkv5, cuda.wkv6, cuda.wkv7, cuda.supports),
+    "cuda": Backend("cuda", cuda.wkv5, cuda.wkv6, cuda.wkv7, cuda.supports, cuda_layers.PIECES),
     "fla": Backend("fla", fla.wkv5, fla.wkv6, fla.wkv7, fla.supports),
     "torch": Backend("torch", chunked6.wkv5, chunked6.wkv6, chunked7.wkv7, _anywhere),
     "reference": Backend("reference", reference.wkv5, reference.wkv6, reference.wkv7, _anywhere),
 }
 
 
-def choose_backend(name: str, device: torch.device, head_size: int) -> Backend:
-    """The backend called `name`, or for `auto` the first of `BACKENDS` that runs on `device`.
+def choose_backend(name: str, device: torch.device, head_size: int, version: int = 7) -> Backend:
+    """The backend called `name`, or for `auto` the fastest that runs this RWKV version on `device`.
 
+    That is the first of `BACKENDS` which can; but for RWKV-7 `cuda` where it has tensor cores and can be compiled.
     Raises ConfigError if `name` is unknown or cannot run there.
     """
     if name == "auto":
+        if cuda.is_fastest(version, device, head_size):
+            return BACKENDS["cuda"]
         return next(b for b in BACKENDS.values() if b.supports(device, head_size) is None)
     if name not in BACKENDS:
         raise ConfigError(f"--op {name}: unknown; allowed are auto {' '.join(BACKENDS)}")

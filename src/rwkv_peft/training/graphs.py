@@ -45,7 +45,7 @@ class Shape(NamedTuple):
 
 def why_not(model: Rwkv) -> str | None:
     """None if the model's micro-batches can be graphs, else the reason."""
-    if model.op.name != "triton":
+    if model.op.name not in ("triton", "cuda"):
         return f"with --op {model.op.name}"
     if is_foreign(model):
         return "with an adapter of Hugging Face PEFT"

@@ -1,6 +1,7 @@
-"""Operators in CUDA C++, exact in float32: for NVIDIA cards where Triton is missing, and as a second opinion on it.
+"""Operators in CUDA C++ for NVIDIA cards. The kernels (`*.cu`) are compiled on first use; nothing is at import.
 
-The kernels (`*.cu`) run the recurrences token by token. They are compiled on first use; nothing is at import.
+They run the recurrences token by token, exact in float32. RWKV-7's with inputs of 16 bits and heads of 64 goes by
+chunks on tensor cores instead, where the card has them.
 
 Axes: B batch, T tokens, H heads, N head size, S documents, P blocks that share a head in the backward.
 """
@@ -15,8 +16,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from ...errors import ConfigError
+from . import chunked7
 from .build import find_nvcc
-from .library import DTYPES, NO_NVCC, Call, backward_parts, run
+from .library import DTYPES, NO_NVCC, Call, backward_parts, load, run
 
 HEAD_SIZES = (64, 128)
 SEGMENT = 32  # tokens from one kept state to the next, as in common.cuh
@@ -91,11 +94,38 @@ def _wkv(
         raise ValueError(
             f"wkv{version}: initial_state is {tuple(initial_state.shape)}; must be {(documents, H, N, N)} (S,H,N,N)"
         )
+    if version == 7 and _on_tensor_cores(inputs):
+        r, w, k, v, kk, iclr = inputs
+        return chunked7.wkv7(r, w, k, v, kk, iclr, initial_state, cu_seqlens)
     trains = any(x is not None and x.requires_grad for x in (*inputs, initial_state))
     y, final_state = _Wkv.apply(  # type: ignore[no-untyped-call]
         version, trains and torch.is_grad_enabled(), offsets, initial_state, *inputs
     )
     return y, final_state
+
+
+def _on_tensor_cores(inputs: tuple[Tensor, ...]) -> bool:
+    """Whether `chunked7` is for these; a single token is quicker without it."""
+    r, w, *others = inputs
+    if r.shape[1] == 1 or not {r.dtype, w.dtype} <= set(chunked7.DTYPES) or any(x.dtype != r.dtype for x in others):
+        return False
+    return has_tensor_cores(r.device, r.shape[3])
+
+
+def has_tensor_cores(device: torch.device, head_size: int) -> bool:
+    """Whether `chunked7` knows the heads, and the card has what it needs."""
+    return head_size == chunked7.HEAD_SIZE and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def is_fastest(version: int, device: torch.device, head_size: int) -> bool:
+    """Whether these kernels are faster than Triton's there, and can be had: the first call compiles them."""
+    if version != 7 or supports(device, head_size) is not None or not has_tensor_cores(device, head_size):
+        return False
+    try:
+        load(device)
+    except ConfigError:
+        return False
+    return True
 
 
 def _offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:

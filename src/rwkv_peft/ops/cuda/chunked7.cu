@@ -28,6 +28,7 @@ struct Chunked7 {
     int add;      // whether dr, dk, dv come added to what is there
     int keep;     // whether a backward is to come
     int fp16;     // the dtype of what is (B,T,H,N); else bf16
+    int w_fp16;   // that of w
 
     __device__ Place tokens(int start, int head) const { return {((long)start * heads + head) * N, (long)heads * N}; }
     __device__ Place tile(int chunk, int start, int head) const {
@@ -45,8 +46,11 @@ constexpr int SHARED_PART = 2 * TILE + N * (int)sizeof(float), WARP_PART = 2 * 2
 // --- what both kernels of a chunk begin with
 
 // The logarithm of each decay, base 2; tokens outside decay nothing.
-template <typename T> __device__ inline void log_decays(Rows &x, int tile, int length, const Warp &w) {
-    get_rows<T>(x, tile, w);
+template <typename T> __device__ inline void log_decays(Rows &x, int tile, int length, const Warp &w, bool fp16) {
+    if (fp16)
+        get_rows<Fp16>(x, tile, w);
+    else
+        get_rows<T>(x, tile, w);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -197,7 +201,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 4) local7(const
     __syncwarp();
     {
         Rows log_decay, log_p;
-        log_decays<T>(log_decay, M, length, w);
+        log_decays<T>(log_decay, M, length, w, c.w_fp16);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -565,7 +569,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     Operand a;
     wait<2>();
     __syncwarp();
-    log_decays<T>(x, U, length, w);
+    log_decays<T>(x, U, length, w, c.w_fp16);
 #pragma unroll
     for (int n = 0; n < 8; n++)
 #pragma unroll
@@ -697,7 +701,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     __syncwarp();
     {
         Rows log_decay;
-        log_decays<T>(log_decay, U, length, w);
+        log_decays<T>(log_decay, U, length, w, c.w_fp16);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from ctypes import POINTER, Structure, c_char_p, c_int, c_void_p
+from ctypes import POINTER, Structure, byref, c_char_p, c_int, c_void_p
 from functools import cache
 from pathlib import Path
 
@@ -45,11 +45,14 @@ class Call(Structure):
             setattr(self, name, Array.of(x) if name in ARRAYS else None if x is None else x.data_ptr())
 
 
-def run(name: str, call: Call, head_size: int, device: torch.device) -> None:
-    """Launches a kernel on `device`'s current stream and does not wait. Raises RuntimeError if it cannot start."""
+def run(name: str, call: Structure, number: int, device: torch.device) -> None:
+    """Launches kernels on `device`'s current stream and does not wait. Raises RuntimeError if one cannot start.
+
+    `number` is the head size; of `chunked7` it says which kernels.
+    """
+    library = load(device)
     with torch.cuda.device(device):
-        library = _load(torch.cuda.current_device())
-        code = getattr(library, name)(call, head_size, torch.cuda.current_stream().cuda_stream)
+        code = getattr(library, name)(byref(call), number, torch.cuda.current_stream().cuda_stream)
     if code:
         raise RuntimeError(
             f"--op cuda: {name} failed: {library.cuda_error(code).decode()}; choose --op triton or torch"
@@ -58,12 +61,14 @@ def run(name: str, call: Call, head_size: int, device: torch.device) -> None:
 
 def backward_parts(name: str, call: Call, head_size: int, device: torch.device) -> int:
     """How many blocks are to share a head in the backward `name` on this card."""
+    library = load(device)
     with torch.cuda.device(device):
-        return int(getattr(_load(torch.cuda.current_device()), f"{name}_parts")(call, head_size))
+        return int(getattr(library, f"{name}_parts")(call, head_size))
 
 
 @cache
-def _load(device: int) -> ctypes.CDLL:
+def load(device: torch.device) -> ctypes.CDLL:
+    """The kernels for this card, compiled if they are not in the cache. Raises ConfigError if that fails."""
     nvcc = find_nvcc()
     if nvcc is None:
         raise ConfigError(f"--op cuda: {NO_NVCC}, or choose --op triton")
@@ -77,6 +82,7 @@ def open_library(path: Path) -> ctypes.CDLL:
         for direction in ("forward", "backward"):
             getattr(library, f"{version}_{direction}").argtypes = (POINTER(Call), c_int, c_void_p)
         getattr(library, f"{version}_backward_parts").argtypes = (POINTER(Call), c_int)
+    library.chunked7.argtypes = (c_void_p, c_int, c_void_p)
     library.cuda_error.argtypes, library.cuda_error.restype = (c_int,), c_char_p
     assert library.call_size() == ctypes.sizeof(Call), "Call is not what common.cuh has"
     return library

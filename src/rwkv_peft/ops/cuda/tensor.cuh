@@ -34,7 +34,7 @@ __device__ inline Address shared_address(const void *at) { return (unsigned)__cv
 
 // A block, row lane%16 of which lies at a lane's `row`, the left half for lanes 0 to 15, the right for the others.
 __device__ inline Block load_block(Address row) {
-    Block b;
+    Block b = {};
     ON_TENSOR_CORES(asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
                                  : "=r"(b.x[0]), "=r"(b.x[1]), "=r"(b.x[2]), "=r"(b.x[3]) : "r"(row)));
     return b;
@@ -42,7 +42,7 @@ __device__ inline Block load_block(Address row) {
 
 // The same with each of its four parts transposed in place.
 __device__ inline Block load_turned(Address row) {
-    Block b;
+    Block b = {};
     ON_TENSOR_CORES(asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4];"
                                  : "=r"(b.x[0]), "=r"(b.x[1]), "=r"(b.x[2]), "=r"(b.x[3]) : "r"(row)));
     return b;
@@ -117,7 +117,8 @@ __device__ inline float from_other(float x, int bits) { return __shfl_xor_sync(~
 template <typename Call>
 inline int launch(void (*kernel)(Call), const Call &call, unsigned blocks, int threads, int shared, cudaStream_t stream) {
     if (blocks == 0) return cudaSuccess;
-    const cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
+    if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
     if (error != cudaSuccess) return error;
     kernel<<<blocks, threads, shared, stream>>>(call);
     return cudaGetLastError();

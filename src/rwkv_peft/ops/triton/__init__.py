@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.util import find_spec
 from typing import Any
@@ -19,11 +19,17 @@ def supports(device: torch.device, head_size: int) -> str | None:
     """None, or the reason why the kernels cannot run there."""
     if device.type != "cuda":
         return f"needs a GPU, and the model is on {device.type}"
-    if find_spec("triton") is None:
+    if not is_installed():
         return "the package triton is not installed; pip install triton"
     if head_size not in HEAD_SIZES:
         return f"knows heads of 64 and 128, not of {head_size}"
     return None
+
+
+@cache
+def is_installed() -> bool:
+    """Whether Python finds the package triton."""
+    return find_spec("triton") is not None
 
 
 def _call(module: str, name: str, *args: Any, **settings: Any) -> Any:

@@ -26,13 +26,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from .chunks import Table, table
+from ..chunks import Table, table
 from .common import dot, product_kind
 
 C = 64
 ROWS, KEYS = 64, 32  # of a tile of values and of keys
 LEVELS = tl.constexpr(6)  # of halves in a chunk
 SINCE, UNTIL = LEVELS, tl.constexpr(7)  # from a chunk's start to a token, from a token to the end
+TRANSPOSED = tl.constexpr(8)  # the first of the matrices that are transposed
 LARGEST_W = tl.constexpr(reference.LARGEST_W)
 
 
@@ -135,7 +136,7 @@ def _run_output(
 
 @lru_cache(maxsize=8)
 def _between_tokens(device: torch.device) -> Tensor:
-    """(8,C,C), 1 where the column's token lies between the row's and a place, else 0.
+    """(16,C,C), 1 where the column's token lies between the row's and a place, else 0; then these transposed.
 
     The places: at each level of the tree the boundary of the two halves that the row is in one of, then the chunk's
     start (SINCE), then its end (UNTIL).
@@ -146,7 +147,8 @@ def _between_tokens(device: torch.device) -> Tensor:
         (token >> level == other >> level) & torch.where((token >> level) & 1 == 1, before, after)
         for level in range(C.bit_length() - 1)
     ]
-    return torch.stack((*levels, before, after)).to(device, torch.bfloat16)
+    between = torch.stack((*levels, before, after))
+    return torch.cat((between, between.mT)).to(device, torch.bfloat16)
 
 
 @triton.jit
@@ -207,9 +209,7 @@ def _log_gradient(between_ptr, which, C: tl.constexpr, count, change, SHARED: tl
     if SHARED:
         return count.to(tl.float32) * change
     else:
-        token, other = tl.arange(0, C)[:, None], tl.arange(0, C)[None, :]
-        weights = tl.load(between_ptr + which * (C * C) + other * C + token)  # transposed
-        return dot(weights, change, KIND)
+        return dot(_between(between_ptr, TRANSPOSED + which, C), change, KIND)
 
 
 @triton.jit

@@ -25,7 +25,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .. import reference
-from .chunks import table
+from ..chunks import table
 from .common import dot, product_kind
 
 
@@ -306,8 +306,8 @@ class _Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state = ctx.saved_tensors[:7]
-        saved = Saved(*ctx.saved_tensors[7:])
+        *inputs, initial_state = (tensors := ctx.saved_tensors)[:7]  # a checkpoint gives them once
+        saved = Saved(*tensors[7:])
         dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
         *gradients, dinitial = wkv7_backward(saved, *(*inputs, dy, dfinal))
         return *gradients, None if initial_state is None else dinitial.to(initial_state.dtype), None

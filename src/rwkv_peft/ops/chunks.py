@@ -61,8 +61,11 @@ def _known(bounds: tuple[int, ...], C: int, device: torch.device) -> Table:
         length += [min(C, end - s) for s in starts]
     parts = [torch.tensor(part, dtype=torch.int32) for part in (start, length, first, count)]
     room = [-(-len(part) // 4) * 4 for part in parts]  # each at 16 bytes, so that kernels are compiled only once
-    numbers = torch.cat([F.pad(part, (0, n - len(part))) for part, n in zip(parts, room, strict=True)]).to(device)
-    return Table(*(x[: len(part)] for x, part in zip(numbers.split(room), parts, strict=True)))
+    numbers = torch.cat([F.pad(part, (0, n - len(part))) for part, n in zip(parts, room, strict=True)])
+    if device.type == "cuda":
+        numbers = numbers.pin_memory()  # so that nothing waits for the copy
+    numbers = numbers.to(device, non_blocking=True)
+    return Table(*(x[: len(part)] for x, part in zip(torch.split(numbers, room), parts, strict=True)))
 
 
 def _on_device(cu_seqlens: Tensor, T: int, C: int) -> Table:
