@@ -18,6 +18,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
+from rwkv_peft import doctor, ops
 from rwkv_peft.cli import main
 from rwkv_peft.config import DoctorConfig
 from rwkv_peft.doctor import machine, run_doctor, selftest, speed
@@ -44,10 +45,9 @@ def only(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
     """Let these be all the backends."""
 
     def put(*backends: Backend) -> None:
-        for name in list(BACKENDS):
-            monkeypatch.delitem(BACKENDS, name)
-        for backend in backends:
-            monkeypatch.setitem(BACKENDS, backend.name, backend)
+        monkeypatch.setattr(ops, "BACKENDS", these := {backend.name: backend for backend in backends})
+        monkeypatch.setattr(doctor, "BACKENDS", these)
+        monkeypatch.setattr(selftest, "BACKENDS", these)
 
     return put
 

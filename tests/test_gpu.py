@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Callable
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from rich.console import Console
@@ -16,7 +21,14 @@ from torch import Tensor
 import rwkv_peft as rp
 from conftest import difference, random_rwkv7, random_tokens
 from rwkv_peft.checkpoint import read_tensors
-from rwkv_peft.ops import BACKENDS, reference
+from rwkv_peft.data.batches import Batch, beside
+from rwkv_peft.data.masking import Encoded
+from rwkv_peft.errors import TrainingError
+from rwkv_peft.ops import BACKENDS, choose_backend, cuda, reference
+from rwkv_peft.training.engine import SingleProcess
+from rwkv_peft.training.graphs import Graphs, Shape
+from rwkv_peft.training.outcome import Guard, Outcome
+from rwkv_peft.training.step import MicroBatches
 from test_ops import DOCUMENTS, assert_same, cast, make_inputs, make_state, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
@@ -173,3 +185,162 @@ def test_an_adapter_trained_in_bf16_merges_as_on_the_cpu(model_file: Callable[..
     with torch.no_grad():
         assert difference(model(tokens.cuda())[0].float().cpu(), merged(tokens)[0]) <= 0.05
     assert merged.sizes.layers == len([n for n in random_rwkv7(**SIZES) if n.endswith("r_k")])
+
+
+# --- steps
+
+
+def test_which_operator_is_taken() -> None:
+    gpu = torch.device("cuda")
+    for version in (5, 6, 7):
+        want = "cuda" if cuda.is_fastest(version, gpu, 64) else "triton"
+        assert choose_backend("auto", gpu, 64, version).name == want
+    assert not cuda.is_fastest(6, gpu, 64)
+    assert choose_backend("auto", gpu, 32, 6).name == "torch"
+
+
+@pytest.fixture
+def texts(tmp_path: Path) -> Path:
+    """Examples of 10 to 300 tokens."""
+    draw, path = random.Random(3), tmp_path / "texts.jsonl"
+
+    def words(count: int) -> str:
+        return "".join(draw.choice(["ab ", "cde ", "f, "]) for _ in range(count))
+
+    examples = [
+        {"prompt": words(draw.randint(1, 12)), "response": words(3 * 2 ** draw.randint(0, 5))} for _ in "x" * 90
+    ]
+    path.write_text("".join(json.dumps(example) + "\n" for example in examples))
+    return path
+
+
+def losses(path: Path, texts: Path, out: Path, **settings: Any) -> list[float]:
+    """Of a run in bf16 whose packed rows hold varying numbers of documents and targets."""
+    config = rp.TrainConfig(
+        path, [str(texts)], out, rank=8, lr=1e-3, lr_final=1e-3, warmup_steps=0, micro_batch=1, **settings
+    )
+    found = rp.train(config, Console(file=io.StringIO())).losses
+    assert found[-1] < 0.7 * found[0]  # it learns, so that wrong gradients would show
+    return found
+
+
+@pytest.mark.parametrize(("most", "grad_accum"), [(16, 1), (2, 1), (16, 2)])
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+def test_graphs_change_nothing(
+    version: str,
+    most: int,
+    grad_accum: int,
+    model_file: Callable[..., Path],
+    texts: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Also where more shapes occur than there may be graphs."""
+    path = model_file(version=version, layers=3, width=256, head_size=64)
+    how = {"max_steps": 30, "ctx_len": 512, "grad_accum": grad_accum}
+    want = losses(path, texts, tmp_path / "plain", graphs=False, **how)
+    shapes: list[Shape] = []
+    run = Graphs.run
+
+    def spy(graphs: Graphs, batch: Batch, factor: float) -> Tensor:
+        shapes.append(Shape.of(batch))
+        return run(graphs, batch, factor)
+
+    monkeypatch.setattr(Graphs, "run", spy)
+    monkeypatch.setattr("rwkv_peft.training.graphs.MOST_SHAPES", most)
+    assert losses(path, texts, tmp_path / "graphs", **how) == pytest.approx(want, rel=2e-3)
+    counts = Counter(shapes)
+    assert len(counts) == 2 if most == 2 else len(counts) > 3
+    assert (len(shapes) < 30 * grad_accum) == (most == 2)
+    assert max(counts.values()) > 3  # run, captured, and replayed more than once
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+def test_loss_curves_are_those_of_the_recurrence(
+    version: str, name: str, model_file: Callable[..., Path], texts: Path, tmp_path: Path
+) -> None:
+    """In bf16, where the operators round in different places: within noise of each other over 60 steps."""
+    if (reason := BACKENDS[name].supports(torch.device("cuda"), 64)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    path, how = model_file(version=version, layers=2, width=128, head_size=64), {"max_steps": 60, "ctx_len": 128}
+    got, want = (losses(path, texts, tmp_path / op, op=op, **how) for op in (name, "reference"))
+    differences = [a - b for a, b in zip(got, want, strict=True)]
+    assert sum(map(abs, differences)) / 60 <= 0.02
+    assert abs(sum(differences)) / 60 <= 0.01  # neither learns better
+
+
+@contextmanager
+def without_waiting() -> Iterator[None]:
+    """Raises where the CPU waits for the GPU."""
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        yield
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def documents(seed: int, *lengths: int) -> Batch:
+    """Examples side by side, all of whose tokens are targets."""
+    draw = np.random.default_rng(seed)
+    rows = [(draw.integers(1, 257, n + 1).astype(np.uint16), np.arange(n + 1) > 0) for n in lengths]
+    return beside([Encoded(ids, target) for ids, target in rows])
+
+
+@pytest.mark.parametrize("graphs", [True, False], ids=["graph", "plain"])
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
+def test_a_step_never_waits_for_the_gpu(version: str, name: str, graphs: bool, model_file: Callable[..., Path]) -> None:
+    """From the batch to the new weights, with documents that it has not seen before."""
+    if (reason := BACKENDS[name].supports(torch.device("cuda"), 64)) is not None:
+        pytest.skip(f"{name}: {reason}")
+    model = rp.load_model(model_file(version=version, layers=3, width=256, head_size=64), "bf16", "cuda", op=name)
+    rp.attach_adapter(model, rp.AdapterConfig(rank=8), ("time", "ln", "state"))
+    model.draws = False
+    model.grad_checkpoint = ("none", "selective", "block")
+    trained = [p for p in model.train().parameters() if p.requires_grad]
+    optimizer, engine = torch.optim.AdamW(trained, lr=1e-3, fused=True), SingleProcess()
+    micro_batches, guard = MicroBatches(model, 1e-4, engine.backward, graphs), Guard(optimizer, model.like.device)
+    assert not guard.waits
+
+    def step(number: int, batch: Batch) -> Outcome:
+        loss = torch.zeros((), device="cuda")
+        loss += micro_batches.run(batch, len(batch.labels))
+        outcome = Outcome(number, loss, engine.clip(trained, 1.0))
+        guard.check(outcome)
+        engine.step(optimizer, keep_gradients=graphs)
+        return outcome
+
+    batches = [documents(1, 20, 100, 45), documents(2, 90, 30, 60), documents(3, 5, 70, 103), documents(4, 61, 64, 40)]
+    assert len({Shape.of(batch) for batch in batches}) == 1
+    outcomes = [step(i + 1, batch) for i, batch in enumerate(batches[:3])]
+    torch.cuda.synchronize()
+    before = [p.detach().clone() for p in trained]
+    with without_waiting():
+        outcomes.append(step(4, batches[3]))
+    assert all(math.isfinite(x) for outcome in outcomes for x in outcome.read())
+    assert any(not torch.equal(p, was) for p, was in zip(trained, before, strict=True))
+
+
+def test_waiting_is_noticed() -> None:
+    x = torch.ones(3, device="cuda")
+    with without_waiting(), pytest.raises(RuntimeError):
+        x.sum().item()
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_a_gpu_is_told_by_a_number_not_to_step(kind: type[torch.optim.Optimizer]) -> None:
+    """AdamW; another optimiser waits."""
+    p = torch.nn.Parameter(torch.ones(3, device="cuda"))
+    guard = Guard(kind([p], lr=0.1, fused=True), p.device)  # type: ignore[call-arg]
+    assert guard.waits == (kind is not torch.optim.AdamW)
+    bad = Outcome(1, torch.tensor(math.nan, device="cuda"), torch.tensor(1.0, device="cuda"))
+    if guard.waits:
+        with pytest.raises(TrainingError):
+            guard.check(bad)
+        return
+    for outcome in (bad, Outcome(2, *torch.ones(2, device="cuda"))):  # and none that comes after
+        p.grad = torch.ones_like(p)
+        guard.check(outcome)
+        guard.optimizer.step()
+        assert torch.equal(p, torch.ones_like(p))

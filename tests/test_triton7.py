@@ -15,8 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from rwkv_peft.ops import reference
-from rwkv_peft.ops import chunks
+from rwkv_peft.ops import chunks, reference
 
 triton7 = pytest.importorskip("rwkv_peft.ops.triton.wkv7", reason="the package triton is not installed")
 

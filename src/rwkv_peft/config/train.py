@@ -107,7 +107,7 @@ class TrainConfig(DataConfig, _Run):
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
     graphs: Annotated[bool, ADVANCED] = True
-    """On a GPU, launch a micro-batch as one CUDA graph where it can be one: with --op triton and without dropout."""
+    """On a GPU, launch a micro-batch as one CUDA graph where it can be one: by our kernels, and without dropout."""
     op: Annotated[Op, ADVANCED] = "auto"
     """Operator of the recurrence. [the best that runs here]"""
     seed: int = 0

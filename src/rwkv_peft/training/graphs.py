@@ -7,7 +7,7 @@ first time, captured the second time, and replayed from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from ..adapters import draws_random_numbers, is_foreign
 from ..data.batches import Batch
 from ..models import Rwkv
 from ..models.layers import Documents
+from ..ops import triton
 
 MOST_SHAPES = 16  # further ones are run plainly; each graph holds its launches, all share one memory
 NO_TARGET = -100
@@ -45,7 +46,7 @@ class Shape(NamedTuple):
 
 def why_not(model: Rwkv) -> str | None:
     """None if the model's micro-batches can be graphs, else the reason."""
-    if model.op.name not in ("triton", "cuda"):
+    if model.op.name not in ("triton", "cuda") or not triton.is_installed():
         return f"with --op {model.op.name}"
     if is_foreign(model):
         return "with an adapter of Hugging Face PEFT"
@@ -55,12 +56,21 @@ def why_not(model: Rwkv) -> str | None:
 
 
 class Graphs:
-    """Calls `compute(documents, positions, labels, factor)`, which returns a scalar, as CUDA graphs."""
+    """Calls `compute(documents, positions, labels, factor)`, which returns a scalar, as CUDA graphs.
 
-    def __init__(self, compute: Callable[[Documents, Tensor, Tensor, Tensor], Tensor], device: torch.device) -> None:
-        self.compute = compute
+    What it does to `.grad` is to add. Of the parameters `fresh` it is to replace: then nothing need be made 0 and added
+    to, and each graph has its own gradients.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Documents, Tensor, Tensor, Tensor], Tensor],
+        device: torch.device,
+        fresh: Sequence[Tensor] = (),
+    ) -> None:
+        self.compute, self.fresh = compute, fresh
         self.inputs: dict[Shape, Tensor] = {}
-        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
+        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = {}
         self.factor = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle()
 
@@ -83,12 +93,16 @@ class Graphs:
             graph = torch.cuda.CUDAGraph()
             with torch.cuda.graph(graph, pool=self.pool):
                 result = self._call(shape)
-            self.graphs[shape] = graph, result
-        graph, result = self.graphs[shape]
+            self.graphs[shape] = graph, result, [p.grad for p in self.fresh]
+        graph, result, gradients = self.graphs[shape]
         graph.replay()
+        for p, gradient in zip(self.fresh, gradients, strict=True):
+            p.grad = gradient
         return result
 
     def _call(self, shape: Shape) -> Tensor:
+        for p in self.fresh:
+            p.grad = None
         tokens, starts, ends, positions, labels, offsets = self.inputs[shape].split(shape.sizes)  # type: ignore[no-untyped-call]
         documents = Documents.placed(tokens[None].long(), offsets.clone(), torch.stack((starts, ends)))
         return self.compute(documents, positions.long(), labels.long(), self.factor)

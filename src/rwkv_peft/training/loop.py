@@ -34,7 +34,8 @@ def train_loop(
     how the step is cut into micro-batches does not change it.
     """
     trained = [p for p in model.parameters() if p.requires_grad]
-    micro_batches = MicroBatches(model, config.logit_penalty, engine.backward, graphs=config.graphs)
+    one = config.grad_accum == 1
+    micro_batches = MicroBatches(model, config.logit_penalty, engine.backward, config.graphs, alone=one)
     guard, log = Guard(optimizer, model.like.device), Log(metrics)
     for step in range(metrics.total_steps):
         batches = sampler.step(step, engine.rank, engine.world_size)
@@ -49,7 +50,7 @@ def train_loop(
         lr = set_rates(optimizer, config, step, metrics.total_steps)
         outcome = Outcome(step + 1, loss, engine.clip(trained, config.clip))
         guard.check(outcome)
-        engine.step(optimizer, keep_gradients=micro_batches.graphs is not None)
+        engine.step(optimizer, keep_gradients=micro_batches.keeps_gradients)
 
         log.add(outcome, lr, engine.sum(sum(batch.inputs for batch in batches)))
         if evaluation and (step + 1 == metrics.total_steps or (step + 1) % evaluation.every == 0):

@@ -29,13 +29,25 @@ def loss_at(
 
 
 class MicroBatches:
-    """Runs micro-batches forward and backward, as CUDA graphs where they can be; the gradients add up in `.grad`."""
+    """Runs micro-batches forward and backward, as CUDA graphs where they can be; the gradients add up in `.grad`.
+
+    `alone`: a step has one micro-batch, and there is nothing to add up.
+    """
 
     def __init__(
-        self, model: Rwkv, logit_penalty: float, backward: Callable[[Tensor], None], graphs: bool = False
+        self,
+        model: Rwkv,
+        logit_penalty: float,
+        backward: Callable[[Tensor], None],
+        graphs: bool = False,
+        alone: bool = False,
     ) -> None:
         self.model, self.logit_penalty, self.backward = model, logit_penalty, backward
-        self.graphs = Graphs(self._forward_and_backward, model.like.device) if graphs and not why_not(model) else None
+        self.graphs: Graphs | None = None
+        if graphs and not why_not(model):
+            fresh = [p for p in model.parameters() if p.requires_grad] if alone else []
+            self.graphs = Graphs(self._forward_and_backward, model.like.device, fresh)
+        self.keeps_gradients = self.graphs is not None and not alone  # graphs add to them where they are
 
     def run(self, batch: Batch, targets: int) -> Tensor:
         """The batch's share of the mean cross-entropy of a step that has so many `targets`; a scalar without gradient.

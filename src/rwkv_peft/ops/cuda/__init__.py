@@ -137,7 +137,7 @@ def _offsets(cu_seqlens: Tensor, device: torch.device) -> Tensor:
 
 @lru_cache(maxsize=8)  # every layer of a model asks for the same
 def _moved(bounds: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(bounds, dtype=torch.int32).to(device)
+    return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
 
 
 class _Wkv(torch.autograd.Function):

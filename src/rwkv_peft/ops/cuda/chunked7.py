@@ -84,8 +84,9 @@ class _Wkv7(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state = ctx.saved_tensors[:7]
-        saved: Saved | None = Saved(*ctx.saved_tensors[7:])
+        kept = ctx.saved_tensors  # read once: a checkpoint hands them out once
+        *inputs, initial_state = kept[:7]
+        saved: Saved | None = Saved(*kept[7:])
         if ctx.used:  # a backward before this one has written over it
             saved = wkv7_forward(*(*inputs, initial_state, ctx.cu_seqlens, True))[2]
         assert saved is not None

@@ -31,6 +31,9 @@ from .common import dot, product_kind
 
 C = 64
 ROWS, KEYS = 64, 32  # of a tile of values and of keys
+# Of `_gradients`: Triton 3.6 puts products that are 32 bf16 wide into shared memory wrongly (64-byte swizzle) when they
+# are operands of the next one
+GRADIENT_KEYS = 64
 LEVELS = tl.constexpr(6)  # of halves in a chunk
 SINCE, UNTIL = LEVELS, tl.constexpr(7)  # from a chunk's start to a token, from a token to the end
 TRANSPOSED = tl.constexpr(8)  # the first of the matrices that are transposed
@@ -93,9 +96,10 @@ class _Wkv6(torch.autograd.Function):
         shared = w.dim() == 2
         shares = r.new_empty(2, chunks.chunks, H, N, dtype=torch.float32)  # each chunk's part of du, and of wkv5's dw
         dr, dk, dw = torch.empty_like(r), torch.empty_like(k), shares[1] if shared else torch.empty_like(w)
-        _gradients[(chunks.chunks * H * (N // KEYS),)](
+        _gradients[(chunks.chunks * H * (N // GRADIENT_KEYS),)](
             r, w, k, v, u, dy, states, dstates, _between_tokens(r.device), chunks.start, chunks.length,
-            dr, dw, dk, shares[0], H, N, C, ROWS, KEYS, shared, product_kind(r.dtype), num_warps=4, num_stages=1,
+            dr, dw, dk, shares[0], H, N, C, ROWS, GRADIENT_KEYS, shared, product_kind(r.dtype),
+            num_warps=8, num_stages=1,
         )  # fmt: skip
         if shared:
             dw = dw.sum(0).to(w.dtype)
