@@ -178,7 +178,9 @@ STATE_HEARS = {"k", "v", "w_low", "a_low", "v_low", "v_first"}  # what the state
 
 
 @pytest.mark.parametrize(
-    ("weighted", "train"), [("out", set(NAMES)), ("state", STATE_HEARS), ("out state", set(NAMES))], ids=str
+    ("weighted", "train"),
+    [("out", set(NAMES)), ("state", STATE_HEARS), ("out state", set(NAMES))],
+    ids=["out", "state", "both"],
 )
 def test_results_that_nobody_uses(weighted: str, train: set[str]) -> None:
     x = make(1, 6, 2, 64, 1)
