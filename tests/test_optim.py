@@ -243,7 +243,7 @@ def test_a_run_sets_the_rates_before_each_step(
     (tmp_path / "data.jsonl").write_text('{"text": "some text to learn"}\n' * 8)
     seen: list[list[tuple[float, float]]] = []
 
-    def step(engine: SingleProcess, optimizer: torch.optim.Optimizer) -> None:
+    def step(engine: SingleProcess, optimizer: torch.optim.Optimizer, keep_gradients: bool) -> None:
         seen.append([(g["lr"], g["weight_decay"]) for g in optimizer.param_groups])
         optimizer.step()
 

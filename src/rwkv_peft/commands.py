@@ -100,7 +100,7 @@ COMMANDS = {
         "fine-tune a model on examples and write an adapter",
         TrainConfig,
         train,
-        if_memory_ends="try --grad-checkpoint, or a smaller --micro-batch, --ctx-len or --rank",
+        if_memory_ends="try --grad-checkpoint block, or a smaller --micro-batch, --ctx-len or --rank",
         hint="The original's flags work too: docs/migration.md.",
     ),
     "inspect": Command(
