@@ -15,6 +15,7 @@
 #include <vector>
 
 #define __device__
+#define __host__
 #define __global__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
@@ -23,6 +24,14 @@ struct float2 { float x, y; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(16) uint4 { unsigned x, y, z, w; };
 inline float2 make_float2(float x, float y) { return {x, y}; }
+inline float __uint_as_float(unsigned bits) {
+    float x;
+    return memcpy(&x, &bits, 4), x;
+}
+inline unsigned __float_as_uint(float x) {
+    unsigned bits;
+    return memcpy(&bits, &x, 4), bits;
+}
 struct Index { unsigned x; };
 inline Index threadIdx, blockIdx, blockDim;
 using cudaStream_t = void *;
@@ -193,6 +202,12 @@ inline uint4 get128(Address at) {
     return emulation::check(at, 16), memcpy(&x, emulation::shared + at, 16), x;
 }
 
+inline void store128(void *to, uint4 x) {
+    if ((uintptr_t)to % 16) fprintf(stderr, "a store to an address that is not a multiple of 16\n"), abort();
+    memcpy(to, &x, 16);
+}
+inline void store64(float *to, float first, float second) { to[0] = first, to[1] = second; }
+
 // Copies come when they are waited for.
 struct Copy {
     Address to;
@@ -215,6 +230,9 @@ template <int left> void wait() {
         groups.erase(groups.begin());
     }
 }
+
+inline void let_next_begin() {}
+inline void wait_for_last() {}
 
 inline float from_lane(float x, int lane) {
     float y;
@@ -245,4 +263,8 @@ int launch(void (*kernel)(Call), const Call &call, unsigned blocks, int threads,
         emulation::run_block(threads, order ? atoi(order) : 0);
     }
     return cudaSuccess;
+}
+template <auto kernel, typename Call>
+int launch(const Call &call, unsigned blocks, int threads, int shared, int most, bool, cudaStream_t stream) {
+    return shared > most ? 1 : launch(kernel, call, blocks, threads, shared, stream);
 }

@@ -195,7 +195,18 @@ class TestOnAGpu:
 
     pytestmark = gpu
 
-    def test_numbers(self, version: int, dtype: torch.dtype, tolerance: float, B: int, T: int, H: int, N: int) -> None:
+    def test_numbers(
+        self,
+        version: int,
+        dtype: torch.dtype,
+        tolerance: float,
+        B: int,
+        T: int,
+        H: int,
+        N: int,
+        monkeypatch: pytest.MonkeyPatch,
+    ) -> None:
+        monkeypatch.setattr(cuda, "_on_tensor_cores", lambda *args: False)
         inputs, state = make_inputs(B, T, H, N, version=version), make_state(B, H, N)
         inputs = [x if i == 1 else x.to(dtype).double() for i, x in enumerate(inputs)]
         found = errors(results(on_gpu(version, dtype), inputs, state), results(REFERENCE[version], inputs, state))

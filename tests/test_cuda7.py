@@ -20,7 +20,7 @@ from test_ops import make_inputs, make_state, results
 BF16, FP16 = torch.bfloat16, torch.float16
 EMULATION = Path(__file__).with_name("cuda_emulation.h")
 ORDERS = range(4)  # of threads and warps
-TOLERANCE = 5.5e-3
+TOLERANCE = 5e-3
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
@@ -29,7 +29,8 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++"
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
     target = tmp_path_factory.mktemp("emulated") / "chunked7.so"
     command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", f'-DCUDA_EMULATION="{EMULATION}"', "-x", "c++"]
-    subprocess.run([*command, str(SOURCES / "chunked7.cu"), "-o", str(target)], check=True)
+    sources = [str(SOURCES / f"chunked7_{name}.cu") for name in ("forward", "backward")]
+    subprocess.run([*command, *sources, "-o", str(target)], check=True)
     return ctypes.CDLL(str(target))
 
 
@@ -116,15 +117,11 @@ class TestEmulated:
     @pytest.mark.parametrize("sequences", [1, 64, 192])
     def test_any_size_of_a_scans_block(self, sequences: int, monkeypatch: pytest.MonkeyPatch) -> None:
         """One, two or four warps, as if there were so many sequences."""
-        call = chunked7._call
-
-        def with_parts(*args: object) -> chunked7.Call:
-            made = call(*args)  # type: ignore[arg-type]
-            made.parts = {1: 1, 64: 2, 192: 4}[sequences]
-            return made
-
-        monkeypatch.setattr(chunked7, "_call", with_parts)
+        parts = chunked7.parts(sequences)
+        chunked7._known.cache_clear()
+        monkeypatch.setattr(chunked7, "parts", lambda _: parts)
         assert_close(errors(chunked7.wkv7, rounded(1, 256, 1, BF16), make_state(1, 1, 64)))
+        chunked7._known.cache_clear()
 
     @pytest.mark.parametrize("T", [64, 70])
     def test_a_second_backward(self, T: int) -> None:
@@ -152,6 +149,28 @@ class TestEmulated:
             assert float((got[i].float() - total).norm() / total.norm()) <= 4e-3
         for i in (1, 4, 5, 6):
             assert torch.equal(got[i], want[i])
+
+    @pytest.mark.parametrize("bounds", [None, [0, 0, 17, 128]])
+    def test_a_backward_that_nothing_was_saved_for(self, bounds: list[int] | None) -> None:
+        inputs, cu_seqlens = rounded(1, 128, 1, BF16), None if bounds is None else torch.tensor(bounds)
+        state = make_state(1 if bounds is None else 3, 1, 64).float()
+        saved = chunked7.wkv7_forward(*(*inputs, state, cu_seqlens, True))[2]  # type: ignore[arg-type]
+        assert chunked7.wkv7_forward(*(*inputs, state, cu_seqlens, False))[2] is None  # type: ignore[arg-type]
+        want = chunked7.wkv7_backward(saved, *(*inputs, inputs[0], state))
+        got = chunked7.wkv7_backward(None, *(*inputs, inputs[0], state), initial_state=state, cu_seqlens=cu_seqlens)
+        for x, y in zip(got, want, strict=True):
+            assert torch.equal(x, y)
+
+    @pytest.mark.parametrize("w", [-3.0, -6.0])
+    def test_one_token_over_and_over(self, w: float) -> None:
+        """Large sums then cancel; inputs rounded to bf16 alone are 5% to 20% off."""
+        r, _, k, v, _, iclr = (x[:, :1].expand(1, 128, 1, 64) for x in rounded(1, 128, 1, FP16))
+        kk = torch.nn.functional.normalize(k.float(), dim=-1)
+        inputs = [x.to(BF16).contiguous() for x in (r, torch.full_like(r, w), k, v, kk, torch.ones_like(iclr))]
+        with torch.no_grad():
+            y, _ = chunked7.wkv7(*inputs)
+        want, _ = reference.wkv7(*(x.double() for x in inputs))
+        assert float((y.double() - want).norm() / want.norm()) <= 0.03
 
     def test_without_a_backward_to_come(self) -> None:
         inputs = rounded(1, 130, 1, BF16)

@@ -1,7 +1,7 @@
 """Operators in CUDA C++ for NVIDIA cards. The kernels (`*.cu`) are compiled on first use; nothing is at import.
 
-They run the recurrences token by token, exact in float32. RWKV-7's with inputs of 16 bits and heads of 64 goes by
-chunks on tensor cores instead, where the card has them.
+They run the recurrences token by token, exact in float32. Those with inputs of 16 bits and heads of 64 go by chunks on
+tensor cores instead, where the card has them.
 
 Axes: B batch, T tokens, H heads, N head size, S documents, P blocks that share a head in the backward.
 """
@@ -9,6 +9,7 @@ Axes: B batch, T tokens, H heads, N head size, S documents, P blocks that share 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
@@ -17,12 +18,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from ...errors import ConfigError
-from . import chunked7
+from . import chunked6, chunked7
 from .build import find_nvcc
 from .library import DTYPES, NO_NVCC, Call, backward_parts, load, run
 
 HEAD_SIZES = (64, 128)
 SEGMENT = 32  # tokens from one kept state to the next, as in common.cuh
+CHUNKED: dict[int, Callable[..., tuple[Tensor, Tensor]]] = {5: chunked6.wkv5, 6: chunked6.wkv6, 7: chunked7.wkv7}
 INPUTS = {5: ("r", "w", "k", "v", "u"), 6: ("r", "w", "k", "v", "u"), 7: ("r", "w", "k", "v", "kk", "iclr")}
 
 
@@ -94,9 +96,8 @@ def _wkv(
         raise ValueError(
             f"wkv{version}: initial_state is {tuple(initial_state.shape)}; must be {(documents, H, N, N)} (S,H,N,N)"
         )
-    if version == 7 and _on_tensor_cores(inputs):
-        r, w, k, v, kk, iclr = inputs
-        return chunked7.wkv7(r, w, k, v, kk, iclr, initial_state, cu_seqlens)
+    if _on_tensor_cores(version, inputs):
+        return CHUNKED[version](*inputs, initial_state, cu_seqlens)
     trains = any(x is not None and x.requires_grad for x in (*inputs, initial_state))
     y, final_state = _Wkv.apply(  # type: ignore[no-untyped-call]
         version, trains and torch.is_grad_enabled(), offsets, initial_state, *inputs
@@ -104,21 +105,24 @@ def _wkv(
     return y, final_state
 
 
-def _on_tensor_cores(inputs: tuple[Tensor, ...]) -> bool:
-    """Whether `chunked7` is for these; a single token is quicker without it."""
-    r, w, *others = inputs
-    if r.shape[1] == 1 or not {r.dtype, w.dtype} <= set(chunked7.DTYPES) or any(x.dtype != r.dtype for x in others):
+def _on_tensor_cores(version: int, inputs: tuple[Tensor, ...]) -> bool:
+    """Whether `chunked6` or `chunked7` is for these; a single token is quicker without them."""
+    r, w, k, v, *others = inputs
+    same = (k, v, *others) if version == 7 else (k, v)  # w and u of the other versions may be of any dtype
+    if r.shape[1] == 1 or r.dtype not in chunked7.DTYPES or any(x.dtype != r.dtype for x in same):
+        return False
+    if version == 7 and w.dtype not in chunked7.DTYPES:
         return False
     return has_tensor_cores(r.device, r.shape[3])
 
 
 def has_tensor_cores(device: torch.device, head_size: int) -> bool:
-    """Whether `chunked7` knows the heads, and the card has what it needs."""
+    """Whether `chunked6` and `chunked7` know the heads, and the card has what they need."""
     return head_size == chunked7.HEAD_SIZE and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def is_fastest(version: int, device: torch.device, head_size: int) -> bool:
-    """Whether these kernels are faster than Triton's there, and can be had: the first call compiles them."""
+    """Whether these kernels were measured to be faster than Triton's, and can be had: the first call compiles them."""
     if version != 7 or supports(device, head_size) is not None or not has_tensor_cores(device, head_size):
         return False
     try:

@@ -1,7 +1,7 @@
 """RWKV-7's recurrence on tensor cores: heads of 64, inputs of 16 bits, cards from compute capability 8.0 on.
 
-The kernels and their algebra are in `chunked7.cu`. A chunk of 64 tokens leaves tiles of 64x64 for the kernels that come
-after it. Where every chunk is full, a tile has the memory of the chunk's tokens in a (B,T,H,N) tensor, so that the
+The kernels and their algebra are in `chunked7.cuh`. A chunk of 64 tokens leaves tiles of 64x64 for the kernels that
+come after it. Where every chunk is full, a tile has the memory of the chunk's tokens in a (B,T,H,N) tensor, so that the
 backward writes each gradient over tiles that only the same block of threads has read.
 
 Axes: B rows, T tokens, H heads, N head size, S documents, G chunks.
@@ -10,6 +10,7 @@ Axes: B rows, T tokens, H heads, N head size, S documents, G chunks.
 from __future__ import annotations
 
 from ctypes import Structure, c_int, c_void_p
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from .library import run
 
 CHUNK = HEAD_SIZE = 64
 DTYPES = (torch.bfloat16, torch.float16)
-LOCAL, SCAN, SCAN_BACK, GRADIENTS = 1, 2, 4, 8  # the kernels, as `Kernel` of chunked7.cu numbers them
+LOCAL, SCAN, SCAN_BACK, GRADIENTS = 1, 2, 4, 8  # the kernels, as `Kernel` of chunked7.cuh numbers them
 TENSORS = (
     *("r", "w", "k", "v", "kk", "iclr", "dy", "y", "dr", "dw", "dk", "dv", "dkk", "diclr"),
     *("inverse", "transfer", "reader", "states", "dstates", "end", "initial", "d_final", "final_state", "d_initial"),
@@ -31,7 +32,7 @@ NUMBERS = ("heads", "chunks", "documents", "parts", "in_place", "add", "keep", "
 
 
 class Call(Structure):
-    """`Chunked7` of chunked7.cu, field by field; shapes are told there."""
+    """`Chunked7` of chunked7.cuh, field by field; shapes are told there."""
 
     _fields_ = (*((name, c_void_p) for name in TENSORS), *((name, c_int) for name in NUMBERS))
 
@@ -41,14 +42,20 @@ class Call(Structure):
             setattr(self, name, None if x is None else x.data_ptr())
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass, besides the inputs. A tile is (T,H,N) of a chunk or (N,N)."""
+class Plan(NamedTuple):
+    """What all calls of one shape share."""
 
-    start: Tensor  # these four are the chunks' `Table`
-    length: Tensor
-    first: Tensor
-    counts: Tensor
-    inverse: Tensor  # tiles, bf16: X less the identity
+    chunks: Table
+    heads: int
+    in_place: bool  # whether a tile is a (T,H,N) part of a tensor like r, else (N,N) of one (G*H,N,N)
+    call: Call  # with the fields that all of them have
+
+
+class Saved(NamedTuple):
+    """What the backward pass needs of the forward pass, besides the inputs. A tensor of tiles has 16 bits a value."""
+
+    plan: Plan
+    inverse: Tensor  # tiles: X less the identity
     transfer: Tensor  # tiles
     reader: Tensor  # tiles
     states: Tensor  # tiles: the state before each chunk
@@ -66,7 +73,7 @@ def wkv7(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same function as `reference.wkv7`, for inputs of one of `DTYPES`, w of either of them, with N = 64."""
-    inputs = (aligned(x) for x in (r, w, k, v, kk, iclr))
+    inputs = [aligned(x) for x in (r, w, k, v, kk, iclr)]
     y, final_state = _Wkv7.apply(*inputs, initial_state, cu_seqlens)  # type: ignore[no-untyped-call]
     return y, final_state
 
@@ -74,25 +81,23 @@ def wkv7(
 class _Wkv7(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        keep = any(ctx.needs_input_grad)
-        y, final_state, saved = wkv7_forward(*(*args, keep))
-        ctx.cu_seqlens, ctx.used = args[7], False
-        ctx.save_for_backward(*args[:7], *(saved or ()))
+        y, final_state, saved = wkv7_forward(*(*args, any(ctx.needs_input_grad)))
+        if saved is not None:
+            ctx.plan, ctx.cu_seqlens, ctx.used = saved.plan, args[7], False
+            ctx.save_for_backward(*args[:7], *saved[1:])
         ctx.set_materialize_grads(False)
         return y, final_state
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        kept = ctx.saved_tensors  # read once: a checkpoint hands them out once
-        *inputs, initial_state = kept[:7]
-        saved: Saved | None = Saved(*kept[7:])
-        if ctx.used:  # a backward before this one has written over it
-            saved = wkv7_forward(*(*inputs, initial_state, ctx.cu_seqlens, True))[2]
-        assert saved is not None
+        r, w, k, v, kk, iclr, initial_state, *kept = ctx.saved_tensors  # once: a checkpoint hands them out once
+        inputs = (r, w, k, v, kk, iclr)
+        saved = None if ctx.used else Saved(ctx.plan, *kept)  # a backward before this one has written over it
         ctx.used = True
-        dy = torch.zeros_like(inputs[0]) if dy is None else aligned(dy)
-        *gradients, dinitial = wkv7_backward(saved, *(*inputs, dy, dfinal))
+        dy = torch.zeros_like(r) if dy is None else aligned(dy)
+        forward = {"initial_state": initial_state, "cu_seqlens": ctx.cu_seqlens}
+        *gradients, dinitial = wkv7_backward(saved, *inputs, dy, dfinal, **forward)
         return *gradients, None if initial_state is None else dinitial.to(initial_state.dtype), None
 
 
@@ -108,25 +113,22 @@ def wkv7_forward(
     keep: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
     """y (B,T,H,N), the final state, and with `keep` what `wkv7_backward` needs. Inputs `aligned`, as of `wkv7`."""
-    B, T, H, N = r.shape
-    chunks = table(cu_seqlens, B, T, CHUNK, r.device)
-    in_place = cu_seqlens is None and T % CHUNK == 0
-    shape = r.shape if in_place else (chunks.chunks * H, N, N)
-    transfer, reader, states = (r.new_empty(shape, dtype=torch.bfloat16) for _ in range(3))
-    inverse = r.new_empty(shape if keep else 0, dtype=torch.bfloat16)
-    y, end = torch.empty_like(r), r.new_empty(chunks.chunks, H, N, dtype=torch.float32)
-    final_state = r.new_empty(chunks.documents, H, N, N, dtype=torch.float32)
+    plan = _plan(r, w, cu_seqlens)
+    y, end = torch.empty_like(r), r.new_empty(plan.chunks.chunks, plan.heads, HEAD_SIZE, dtype=torch.float32)
+    transfer, reader, states = _tiles(plan, r), _tiles(plan, r), _tiles(plan, r)
+    inverse = _tiles(plan, r) if keep else None
+    final_state = _states(plan, r)
     initial = None if initial_state is None else aligned(initial_state.float())
-    call = _call(r, w, chunks, in_place)
-    call.keep = keep
+    call = Call.from_buffer_copy(plan.call)
     call.give(r=r, w=w, k=k, v=v, kk=kk, iclr=iclr, y=y, initial=initial, final_state=final_state)
     call.give(inverse=inverse, transfer=transfer, reader=reader, states=states, end=end)
-    run("chunked7", call, LOCAL | SCAN, r.device)
-    return y, final_state, Saved(*chunks, inverse, transfer, reader, states, end) if keep else None
+    call.keep = keep
+    run("chunked7_forward", call, LOCAL | SCAN, r.device)
+    return y, final_state, None if inverse is None else Saved(plan, inverse, transfer, reader, states, end)
 
 
 def wkv7_backward(
-    saved: Saved,
+    saved: Saved | None,
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -138,38 +140,67 @@ def wkv7_backward(
     dr: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
     """Gradients of r, w, k, v, kk, iclr, in r's dtype, and of the initial state (S,H,N,N).
 
     Where `dr`, `dk`, `dv` are given, they come added to these, in place. `saved` is used up: gradients may have
-    the memory of its tiles.
+    the memory of its tiles. Without it the forward is run anew; only then are the last two arguments looked at.
     """
-    chunks, in_place = Table(*saved[:4]), saved.states.ndim == 4
-    dstates = torch.empty_like(saved.states)
-    tiles = [saved.inverse, saved.transfer, saved.reader, saved.states, dstates] if in_place else []
+    if saved is None:
+        saved = wkv7_forward(r, w, k, v, kk, iclr, initial_state, cu_seqlens, True)[2]
+        assert saved is not None
+    plan, *tiles, end = saved
+    inverse, transfer, reader, states = tiles
+    dstates = _tiles(plan, r)
     # `data`: in-place changes of a gradient are none of a saved tensor to autograd
-    free = [x.data.view(r.dtype) for x in tiles]
+    free = [dstates, *(x.data for x in tiles)] if plan.in_place else []
     given = (dr, None, dk, dv, None, None)
     gradients = [x if x is not None else free.pop() if free else torch.empty_like(r) for x in given]
-    dinitial = r.new_empty(chunks.documents, r.shape[2], HEAD_SIZE, HEAD_SIZE, dtype=torch.float32)
-    d_final = None if dfinal is None else aligned(dfinal.float())
-    call = _call(r, w, chunks, in_place)
-    call.add = dr is not None
+    dinitial, d_final = _states(plan, r), None if dfinal is None else aligned(dfinal.float())
+    call = Call.from_buffer_copy(plan.call)
     call.give(r=r, w=w, k=k, v=v, kk=kk, iclr=iclr, dy=dy, d_final=d_final, d_initial=dinitial, dstates=dstates)
-    call.give(**saved._asdict())
+    call.give(inverse=inverse, transfer=transfer, reader=reader, states=states, end=end)
     call.give(**dict(zip(("dr", "dw", "dk", "dv", "dkk", "diclr"), gradients, strict=True)))
-    run("chunked7", call, SCAN_BACK | GRADIENTS, r.device)
+    call.add = dr is not None
+    run("chunked7_backward", call, SCAN_BACK | GRADIENTS, r.device)
     return *gradients, dinitial
 
 
-def _call(r: Tensor, w: Tensor, chunks: Table, in_place: bool) -> Call:
-    sequences = chunks.documents * r.shape[2]
-    call = Call(heads=r.shape[2], chunks=chunks.chunks, documents=chunks.documents)
-    call.fp16, call.w_fp16 = r.dtype == torch.float16, w.dtype == torch.float16
-    call.parts = 1 if sequences < 64 else 2 if sequences < 192 else 4  # few sequences: small blocks, on more of the GPU
-    call.in_place = in_place
+def _tiles(plan: Plan, r: Tensor) -> Tensor:
+    """Room for a tile of every chunk and head."""
+    return torch.empty_like(r) if plan.in_place else r.new_empty(plan.chunks.chunks * plan.heads, HEAD_SIZE, HEAD_SIZE)
+
+
+def _states(plan: Plan, r: Tensor) -> Tensor:
+    return r.new_empty(plan.chunks.documents, plan.heads, HEAD_SIZE, HEAD_SIZE, dtype=torch.float32)
+
+
+def _plan(r: Tensor, w: Tensor, cu_seqlens: Tensor | None) -> Plan:
+    B, T, H, _ = r.shape
+    fp16 = (r.dtype == torch.float16, w.dtype == torch.float16)
+    if cu_seqlens is None:
+        return _known(B, T, H, fp16, r.device)
+    return _made(table(cu_seqlens, B, T, CHUNK, r.device), H, fp16, False)
+
+
+@lru_cache(maxsize=16)  # every layer of a model asks for the same
+def _known(B: int, T: int, H: int, fp16: tuple[bool, bool], device: torch.device) -> Plan:
+    return _made(table(None, B, T, CHUNK, device), H, fp16, T % CHUNK == 0)
+
+
+def _made(chunks: Table, heads: int, fp16: tuple[bool, bool], in_place: bool) -> Plan:
+    call = Call(heads=heads, chunks=chunks.chunks, documents=chunks.documents, in_place=in_place)
+    call.fp16, call.w_fp16 = fp16
+    call.parts = parts(chunks.documents * heads)
     call.give(**chunks._asdict())
-    return call
+    return Plan(chunks, heads, in_place, call)
+
+
+def parts(sequences: int) -> int:
+    """Warps in a scan's block: where sequences are few, small blocks get to more of the GPU."""
+    return 1 if sequences < 64 else 2 if sequences < 192 else 4
 
 
 def aligned(x: Tensor) -> Tensor:

@@ -48,11 +48,13 @@ class Call(Structure):
 def run(name: str, call: Structure, number: int, device: torch.device) -> None:
     """Launches kernels on `device`'s current stream and does not wait. Raises RuntimeError if one cannot start.
 
-    `number` is the head size; of `chunked7` it says which kernels.
+    `number` is the head size; of `chunked6` and `chunked7` it says which kernels.
     """
-    library = load(device)
-    with torch.cuda.device(device):
-        code = getattr(library, name)(byref(call), number, torch.cuda.current_stream().cuda_stream)
+    if torch.cuda.current_device() != device.index:
+        with torch.cuda.device(device):
+            return run(name, call, number, device)
+    library, stream = load(device), torch._C._cuda_getCurrentRawStream(device.index)
+    code = getattr(library, name)(byref(call), number, stream)
     if code:
         raise RuntimeError(
             f"--op cuda: {name} failed: {library.cuda_error(code).decode()}; choose --op triton or torch"
@@ -82,7 +84,8 @@ def open_library(path: Path) -> ctypes.CDLL:
         for direction in ("forward", "backward"):
             getattr(library, f"{version}_{direction}").argtypes = (POINTER(Call), c_int, c_void_p)
         getattr(library, f"{version}_backward_parts").argtypes = (POINTER(Call), c_int)
-    library.chunked7.argtypes = (c_void_p, c_int, c_void_p)
+    for name in ("chunked6_forward", "chunked6_backward", "chunked7_forward", "chunked7_backward"):
+        getattr(library, name).argtypes = (c_void_p, c_int, c_void_p)
     library.cuda_error.argtypes, library.cuda_error.restype = (c_int,), c_char_p
     assert library.call_size() == ctypes.sizeof(Call), "Call is not what common.cuh has"
     return library

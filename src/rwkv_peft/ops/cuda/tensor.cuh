@@ -6,6 +6,7 @@
 #include CUDA_EMULATION
 #else
 
+#include <atomic>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
@@ -98,6 +99,14 @@ __device__ inline uint4 get128(Address at) {
     return x;
 }
 
+// 16 bytes to global memory, and 8, in one store: the compiler may split those of a uint4 and of a float2.
+__device__ inline void store128(void *to, uint4 x) {
+    asm volatile("st.global.v4.b32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(x.x), "r"(x.y), "r"(x.z), "r"(x.w) : "memory");
+}
+__device__ inline void store64(float *to, float first, float second) {
+    asm volatile("st.global.v2.f32 [%0], {%1, %2};" ::"l"(to), "f"(first), "f"(second) : "memory");
+}
+
 // 16 bytes from global memory, or zeros, on their way; `wait` until all groups but the last `left` have come.
 __device__ inline void copy16(Address to, const void *from, bool inside) {
     ON_TENSOR_CORES(asm volatile("cp.async.cg.shared.global [%0], [%1], 16, %2;" ::"r"(to), "l"(from),
@@ -106,6 +115,19 @@ __device__ inline void copy16(Address to, const void *from, bool inside) {
 __device__ inline void close_group() { ON_TENSOR_CORES(asm volatile("cp.async.commit_group;" ::: "memory")); }
 template <int left> __device__ inline void wait() {
     ON_TENSOR_CORES(asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"));
+}
+
+// Of kernels that `launch` lets overlap: lets the next one's blocks begin where there is room; waits until the one before
+// has ended, before which nothing that it writes may be read, nor anything that it reads be written.
+__device__ inline void let_next_begin() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.launch_dependents;");
+#endif
+}
+__device__ inline void wait_for_last() {
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+    asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
 }
 
 __device__ inline float from_above(float x, int lanes) { return __shfl_up_sync(~0u, x, lanes); }
@@ -122,6 +144,32 @@ inline int launch(void (*kernel)(Call), const Call &call, unsigned blocks, int t
     if (error != cudaSuccess) return error;
     kernel<<<blocks, threads, shared, stream>>>(call);
     return cudaGetLastError();
+}
+
+// The same; `most` is the most shared memory that this kernel is ever given, which is asked for only once on each of the
+// first 64 devices. With `overlap` it may begin before the kernel before it has ended: see `wait_for_last`.
+template <auto kernel, typename Call>
+inline int launch(const Call &call, unsigned blocks, int threads, int shared, int most, bool overlap, cudaStream_t stream) {
+    static std::atomic<unsigned long long> known{0};
+    if (blocks == 0) return cudaSuccess;
+    int device = 0;
+    cudaError_t error = cudaGetDevice(&device);
+    const unsigned long long bit = device < 64 ? 1ull << device : 0;
+    if (!error && !(known & bit)) {
+        error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, most);
+        if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
+        if (!error) known |= bit;
+    }
+    if (error != cudaSuccess) return error;
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
+    attribute.val.programmaticStreamSerializationAllowed = 1;
+    cudaLaunchConfig_t config = {};
+    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
+#if defined(__CUDA_ARCH_LIST__) && __CUDA_ARCH_LIST__ >= 900
+    config.attrs = &attribute, config.numAttrs = overlap;
+#endif
+    return cudaLaunchKernelEx(&config, kernel, call);
 }
 
 #endif

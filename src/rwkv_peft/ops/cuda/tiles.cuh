@@ -61,6 +61,20 @@ template <typename T> __device__ inline void unpack_block(Rows &x, int j, const 
     }
 }
 
+// The same of 16 columns.
+template <typename T> __device__ inline Block pack_block(const float (&left)[4], const float (&right)[4]) {
+    return {{pack<T>(left[0], left[1]), pack<T>(left[2], left[3]), pack<T>(right[0], right[1]),
+             pack<T>(right[2], right[3])}};
+}
+template <typename T> __device__ inline void unpack_block(float (&left)[4], float (&right)[4], const Block &from) {
+#pragma unroll
+    for (int p = 0; p < 4; p++) {
+        const float2 pair = unpack<T>(from.x[p]);
+        float(&part)[4] = p / 2 ? right : left;
+        part[p % 2 * 2] = pair.x, part[p % 2 * 2 + 1] = pair.y;
+    }
+}
+
 __device__ inline void put_block(int tile, int j, const Block &x, const Warp &w) {
 #pragma unroll
     for (int p = 0; p < 4; p++) put32((w.write ^ (2 * j + p / 2) << 4) + tile + p % 2 * 1024, x.x[p]);
@@ -86,6 +100,10 @@ template <typename T> __device__ inline unsigned as_bf16(unsigned both) {
 }
 template <> __device__ inline unsigned as_bf16<Bf16>(unsigned both) { return both; }
 
+template <typename T> __device__ inline Block as_bf16(const Block &x) {
+    return {{as_bf16<T>(x.x[0]), as_bf16<T>(x.x[1]), as_bf16<T>(x.x[2]), as_bf16<T>(x.x[3])}};
+}
+
 // The warp's own rows of a tile that came as T, in bf16.
 template <typename T> __device__ inline void to_bf16(int tile, const Warp &w) {
     Rows x;
@@ -98,26 +116,36 @@ template <> __device__ inline void to_bf16<Bf16>(int, const Warp &) {}
 
 // --- between tiles and global memory: the warp's own rows, as far as the tile has `rows`
 
-__device__ inline void fetch_rows(int tile, const void *from, Place place, int rows, const Warp &w) {
+// `pieces`: of 8 values each, all that a row has beside zeros.
+__device__ inline void
+fetch_rows(int tile, const void *from, Place place, int rows, const Warp &w, int pieces = 8) {
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         const int row = w.own * 16 + i * 4 + w.lane / 8;
-        const long at = place.at + (row < rows ? row : 0) * place.stride + w.lane % 8 * 8;
-        copy16((w.piece ^ (i % 2) << 6) + tile + i * 512, (const unsigned short *)from + at, row < rows);
+        const bool inside = row < rows && w.lane % 8 < pieces;
+        const long at = place.at + (inside ? row : 0) * place.stride + w.lane % 8 * 8;
+        copy16((w.piece ^ (i % 2) << 6) + tile + i * 512, (const unsigned short *)from + at, inside);
     }
 }
 
-// Through the warp's own rows of the tile `stage`, which nobody else may use.
-__device__ inline void store_rows(void *to, const Operand &x, int stage, Place place, int rows, const Warp &w) {
-    put_rows(stage, x, w);
+// What is in the warp's own rows of a tile.
+__device__ inline void send_rows(void *to, int tile, Place place, int rows, const Warp &w, int pieces = 8) {
+    const int first = w.own * 16 + w.lane / 8;
+    unsigned short *at = (unsigned short *)to + place.at + first * place.stride + w.lane % 8 * 8;
     __syncwarp();
 #pragma unroll
-    for (int i = 0; i < 4; i++) {
-        const int row = w.own * 16 + i * 4 + w.lane / 8;
-        const uint4 piece = get128((w.piece ^ (i % 2) << 6) + stage + i * 512);
-        if (row < rows) *(uint4 *)((unsigned short *)to + place.at + row * place.stride + w.lane % 8 * 8) = piece;
+    for (int i = 0; i < 4; i++, at += 4 * place.stride) {
+        const uint4 piece = get128((w.piece ^ (i % 2) << 6) + tile + i * 512);
+        if (first + 4 * i < rows && w.lane % 8 < pieces) store128(at, piece);
     }
     __syncwarp();
+}
+
+// Through the warp's own rows of the tile `stage`, which nobody else may use.
+__device__ inline void
+store_rows(void *to, const Operand &x, int stage, Place place, int rows, const Warp &w, int pieces = 8) {
+    put_rows(stage, x, w);
+    send_rows(to, stage, place, rows, w, pieces);
 }
 template <typename T>
 __device__ inline void store_rows(void *to, const Rows &x, int stage, Place place, int rows, const Warp &w) {
@@ -137,6 +165,18 @@ __device__ inline void add_product(Rows &x, const Block &a, int tile, int i, con
         multiply<Bf16>(x[2 * j + 1], a, b.x[2], b.x[3]);
     }
 }
+// The same, and z += b · these rows; x and z may be the same.
+__device__ inline void
+add_products(Rows &x, Rows &z, const Block &a, const Block &b, int tile, int i, const Warp &w) {
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const Block c = w.turned(tile, i, j);
+        multiply<Bf16>(x[2 * j], a, c.x[0], c.x[1]);
+        multiply<Bf16>(x[2 * j + 1], a, c.x[2], c.x[3]);
+        multiply<Bf16>(z[2 * j], b, c.x[0], c.x[1]);
+        multiply<Bf16>(z[2 * j + 1], b, c.x[2], c.x[3]);
+    }
+}
 // x += a · tile
 __device__ inline void add_product(Rows &x, const Operand &a, int tile, const Warp &w) {
 #pragma unroll
@@ -154,7 +194,13 @@ __device__ inline void add_pairs(float (&left)[4], float (&right)[4], const Oper
 // x += a · tileᵀ
 __device__ inline void add_pairs(Rows &x, const Operand &a, int tile, const Warp &w) {
 #pragma unroll
-    for (int i = 0; i < 4; i++) add_pairs(x[2 * i], x[2 * i + 1], a, tile, i, w);
+    for (int j = 0; j < 4; j++)
+#pragma unroll
+        for (int i = 0; i < 4; i++) {  // inside, as each of these is added to other values: none waits for another
+            const Block b = w.block(tile, i, j);
+            multiply<Bf16>(x[2 * i], a[j], b.x[0], b.x[2]);
+            multiply<Bf16>(x[2 * i + 1], a[j], b.x[1], b.x[3]);
+        }
 }
 
 enum Mask { BEFORE, UP_TO, AFTER, FROM };  // which columns of a row stay: those before it, ...
@@ -175,13 +221,30 @@ template <Mask mask> __device__ inline void apply(float (&left)[4], float (&righ
         }
 }
 
-// The block of masked a · tileᵀ in the warp's rows and the columns of block row i.
-template <Mask mask> __device__ inline Block pairs(const Operand &a, int tile, int i, const Warp &w) {
+// The block of masked a · tileᵀ in the warp's rows and the columns of block row i, as T.
+template <Mask mask, typename T = Bf16>
+__device__ inline Block pairs(const Operand &a, int tile, int i, const Warp &w) {
     float left[4] = {}, right[4] = {};
     add_pairs(left, right, a, tile, i, w);
     if (i == w.own) apply<mask>(left, right, w);
-    return {{pack<Bf16>(left[0], left[1]), pack<Bf16>(left[2], left[3]), pack<Bf16>(right[0], right[1]),
-             pack<Bf16>(right[2], right[3])}};
+    return pack_block<T>(left, right);
+}
+
+// The same of two tiles at once: half of the waiting.
+template <Mask mask1, Mask mask2>
+__device__ inline void
+pairs(Block &first, Block &second, const Operand &a, int tile1, int tile2, int i, const Warp &w) {
+    float x[4][4] = {};
+#pragma unroll
+    for (int j = 0; j < 4; j++) {
+        const Block b = w.block(tile1, i, j), c = w.block(tile2, i, j);
+        multiply<Bf16>(x[0], a[j], b.x[0], b.x[2]);
+        multiply<Bf16>(x[1], a[j], b.x[1], b.x[3]);
+        multiply<Bf16>(x[2], a[j], c.x[0], c.x[2]);
+        multiply<Bf16>(x[3], a[j], c.x[1], c.x[3]);
+    }
+    if (i == w.own) apply<mask1>(x[0], x[1], w), apply<mask2>(x[2], x[3], w);
+    first = pack_block<Bf16>(x[0], x[1]), second = pack_block<Bf16>(x[2], x[3]);
 }
 
 // --- sums over rows
