@@ -37,7 +37,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) scan_back7(c
     q.store(c.d_initial, dstate, w);
 }
 
-// x *= 2^±log_p, + what is on the stage
+// x += what is on the stage
 template <typename T> __device__ inline void add_staged(Rows &x, int stage, const Warp &w) {
     Rows more;
     wait<0>();
@@ -89,12 +89,7 @@ __device__ inline void add_attention(
     add_products(x, z, pack_block<Bf16>(p[0], p[1]), pack_block<Bf16>(p[2], p[3]), values, i, w);
 }
 
-// Of a lane's own values in the warp's rows of two tiles.
-__device__ inline float4 *put_aside(int tile, int n, const Warp &w) {
-    return (float4 *)(shared_memory() + tile + n / 4 * TILE + w.own * 2048 + n % 4 * 512) + w.lane;
-}
-
-// sums (own column pairs) += sign · the columns' sums of x times a tile's values
+// sums, of the lane's own columns, += the sums over its rows of x times a tile's values
 __device__ inline void add_column_sums(float (&sums)[8][2], const Rows &x, int tile, const Warp &w) {
     Rows factor;
     get_rows<Bf16>(factor, tile, w);
@@ -114,13 +109,19 @@ __device__ inline void add_change(Rows &change, float sign, const Rows &x, int t
         for (int e = 0; e < 4; e++) change[n][e] += sign * x[n][e] * factor[n][e];
 }
 
-// x · 2^(sign · log_p), log_p put aside
-__device__ inline void scale(Rows &x, float sign, int log_p, const Warp &w) {
+// What a lane has of x, in float32, to and from the warp's rows of two tiles.
+__device__ inline void put_aside(int tile, const Rows &x, const Warp &w) {
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+        *((float4 *)(shared_memory() + tile + n / 4 * TILE + w.own * 2048 + n % 4 * 512) + w.lane) =
+            {x[n][0], x[n][1], x[n][2], x[n][3]};
+}
+__device__ inline void get_aside(Rows &x, int tile, const Warp &w) {
 #pragma unroll
     for (int n = 0; n < 8; n++) {
-        const float4 p = *put_aside(log_p, n, w);
-        x[n][0] *= exp2_of(sign * p.x), x[n][1] *= exp2_of(sign * p.y);
-        x[n][2] *= exp2_of(sign * p.z), x[n][3] *= exp2_of(sign * p.w);
+        const float4 four =
+            *((const float4 *)(shared_memory() + tile + n / 4 * TILE + w.own * 2048 + n % 4 * 512) + w.lane);
+        x[n][0] = four.x, x[n][1] = four.y, x[n][2] = four.z, x[n][3] = four.w;
     }
 }
 
@@ -220,8 +221,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
         if (c.add) add_staged<T>(gradient, STAGE, w);
         store_rows<T>(to, gradient, STAGE, tokens, length, w);
     };
-#pragma unroll
-    for (int n = 0; n < 8; n++) *put_aside(LOG_P, n, w) = {log_p[n][0], log_p[n][1], log_p[n][2], log_p[n][3]};
+    put_aside(LOG_P, log_p, w);
     stage(c.dv);
     clear(x);
     get_rows(a, GK, w);
@@ -242,7 +242,11 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     }
     add_change(change, 1.0f, x, QR, w);
     add_change(change, 1.0f, z, QA, w);
-    scale(x, 1.0f, LOG_P, w);
+    get_aside(log_p, LOG_P, w);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) x[n][e] *= exp2_of(log_p[n][e]);
     store(c.dr, x);
 
     stage(c.dk);
@@ -259,8 +263,14 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     }
     add_change(change, -1.0f, x, GK, w);
     add_change(change, -1.0f, u, GB, w);
-    scale(x, -1.0f, LOG_P, w);
-    scale(u, -1.0f, LOG_P, w);
+    get_aside(log_p, LOG_P, w);
+#pragma unroll
+    for (int n = 0; n < 8; n++)
+#pragma unroll
+        for (int e = 0; e < 4; e++) {
+            const float over = exp2_of(-log_p[n][e]);
+            x[n][e] *= over, u[n][e] *= over;
+        }
     store(c.dk, x);
 
     // dw: the sum of `change` from each token on, less what the token itself reads before it decays
@@ -286,15 +296,15 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     {
         Rows log_decay;
         log_decays<T>(log_decay, U, length, w, c.w_fp16);
+        get_aside(log_p, LOG_P, w);
 #pragma unroll
         for (int n = 0; n < 8; n++)
 #pragma unroll
             for (int e = 0; e < 4; e++) {
                 change[n][e] *= LN2 * log_decay[n][e];
-                z[n][e] *= exp2_of(-log_decay[n][e]);
+                z[n][e] *= exp2_of(log_p[n][e] - log_decay[n][e]);
             }
     }
-    scale(z, 1.0f, LOG_P, w);
     store_rows<T>(c.dw, change, STAGE, tokens, length, w);
     Rows raw;
     get_rows<T>(raw, GB, w);
