@@ -1,7 +1,7 @@
 # ruff: noqa: E501
 """python benchmarks/wkv7_kernels.py [accuracy|times|variants|graph|alike].
 
-accuracy, times: as before. alike: one token over and over (y against float64, beside what rounding the inputs does).
+accuracy and times at the shapes of docs/performance.md. alike: one token over and over (y against float64, beside what rounding the inputs does).
 graph: forward + backward captured in a CUDA graph, replayed, compared bit by bit and timed. variants: each -D of chunked7.cuh.
 """
 
