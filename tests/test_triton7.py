@@ -269,3 +269,24 @@ def test_a_state_goes_on_where_another_call_stopped(cut: int) -> None:
     second, last = triton7.wkv7(*(x[:, cut:] for x in tokens), between)
     assert relative(torch.cat((first, second), 1), whole.double()) <= LIMITS[FP32]
     assert relative(last, final.double()) <= LIMITS[FP32]
+
+
+def test_a_table_made_on_the_device_follows_its_offsets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Made once for all layers, anew where the offsets have been changed in place."""
+
+    class OnDevice(torch.Tensor):
+        device = torch.device("meta")  # any but the CPU
+
+    calls: list[list[int]] = []
+
+    def make(bounds: Tensor, T: int, C: int) -> object:
+        calls.append(bounds.as_subclass(torch.Tensor).tolist())
+        return object()
+
+    monkeypatch.setattr(chunks, "_on_device", make)
+    offsets = torch.tensor([0, 70, 100]).as_subclass(OnDevice)
+    first = chunks.table(offsets, 1, 100, 64, torch.device("cpu"))
+    assert chunks.table(offsets, 1, 100, 64, torch.device("cpu")) is first
+    offsets[1] = 30
+    assert chunks.table(offsets, 1, 100, 64, torch.device("cpu")) is not first
+    assert calls == [[0, 70, 100], [0, 30, 100]]

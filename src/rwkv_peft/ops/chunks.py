@@ -39,10 +39,14 @@ def table(cu_seqlens: Tensor | None, B: int, T: int, C: int, device: torch.devic
     Offsets that lie on a GPU are not waited for: the table then has entries to spare.
     """
     if cu_seqlens is not None and cu_seqlens.device.type != "cpu":
-        made: dict[int, Table] = cu_seqlens.__dict__.setdefault("chunks", {})  # every layer of a model asks for it
-        if C not in made:
-            made[C] = _on_device(cu_seqlens, T, C)
-        return made[C]
+        # every layer of a model asks for it; but offsets may change in place, and a CUDA graph must make its own
+        version = 0 if cu_seqlens.is_inference() else cu_seqlens._version
+        key = C, T, version, cu_seqlens.is_cuda and torch.cuda.is_current_stream_capturing()
+        made: dict[object, Table] = cu_seqlens.__dict__.setdefault("chunks", {})
+        if key not in made:
+            made.clear()
+            made[key] = _on_device(cu_seqlens, T, C)
+        return made[key]
     bounds = tuple(range(0, (B + 1) * T, T)) if cu_seqlens is None else tuple(cu_seqlens.tolist())
     return _known(bounds, C, device)
 
