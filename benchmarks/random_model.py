@@ -44,7 +44,7 @@ def random_model(version: str, sizes: Sizes, dtype: torch.dtype, device: torch.d
     for name, shape in [(n, p.shape) for n, p in model.named_parameters()]:
         set_parameter(model, name, random_value(name, shape, generator).to(dtype))
     model.like = torch.empty(0, dtype=dtype, device=device)
-    model.op = choose_backend(op, device, sizes.head_size, model.wkv)
+    model.op = choose_backend(op, device, sizes.head_size)
     return model.eval()
 
 

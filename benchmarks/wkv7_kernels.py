@@ -126,7 +126,7 @@ def kernels(B, T, H, all_parts=True):
 
 def variants():
     base = build.FLAGS
-    for flags in ((), ("-DOVERLAP=false",), ("-DLOCAL_BLOCKS=3",), ("-DFINE=false",), ("-DLOCAL_FINE=false",), ()):
+    for flags in ((), ("-DOVERLAP=true",), ("-DLOCAL_BLOCKS=3",), ()):
         build.FLAGS = base + flags
         library.load.cache_clear()
         print("variant", *flags or ("as it is",))

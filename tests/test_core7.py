@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import chunked7, pieces, reference
+from rwkv_peft.ops.raw import Raw, Saved
 
 core7 = pytest.importorskip("rwkv_peft.ops.triton.core7", reason="the package triton is not installed")
 
@@ -23,38 +24,29 @@ NAMES = ["r", "k", "v", "w_low", "a_low", "v_low", "gate", "v_first"]
 Case = dict[str, Tensor]
 
 
-class Saved(NamedTuple):
-    """What the operator below keeps; its backward may write over tensors of it."""
-
-    inputs: int
-    buffer: Tensor
-    state: Tensor | None
-    cu_seqlens: Tensor | None
-
-
 def raw_forward(*args: Any) -> tuple[Tensor, Tensor, Saved | None]:
-    """An operator as `core7.Raw7` has it, from the one for any device."""
+    """An operator's raw forward, from the one for any device; its backward writes over what is saved."""
     *inputs, state, cu_seqlens, keep = args
     assert all(x.is_contiguous() for x in inputs)
     y, final = chunked7.wkv7(*inputs, state, cu_seqlens)
-    return y, final, Saved(len(inputs), torch.ones(()), state, cu_seqlens) if keep else None
+    return y, final, Saved((torch.ones(()),), (state, cu_seqlens)) if keep else None
 
 
 def raw_backward(saved: Saved, *args: Any) -> tuple[Tensor | None, ...]:
     *inputs, dy, dfinal, dr, dk, dv = args
-    assert saved.inputs == len(inputs)
+    (buffer,), (state, cu_seqlens) = saved
     inputs = [x.detach().requires_grad_() for x in inputs]
-    start = None if saved.state is None else saved.state.detach().requires_grad_()
+    start = None if state is None else state.detach().requires_grad_()
     with torch.enable_grad():
-        y, final = chunked7.wkv7(*inputs, start, saved.cu_seqlens)
-        total = (y * (dy * saved.buffer)).sum() + (0.0 if dfinal is None else (final * dfinal).sum())
+        y, final = chunked7.wkv7(*inputs, start, cu_seqlens)
+        total = (y * (dy * buffer)).sum() + (0.0 if dfinal is None else (final * dfinal).sum())
     found = torch.autograd.grad(total, [*inputs, *([] if start is None else [start])])
-    saved.buffer.data.fill_(float("nan"))  # unseen by autograd, as a kernel does it
+    buffer.data.fill_(float("nan"))  # unseen by autograd, as a kernel does it
     r, w, k, v, kk, iclr = (g.to(dy.dtype) for g in found[:6])
     return dr.add_(r), w, dk.add_(k), dv.add_(v), kk, iclr, found[6] if start is not None else None
 
 
-RAW = core7.Raw7(raw_forward, raw_backward)
+RAW = Raw(raw_forward, raw_backward)
 
 
 def formula(x: Case, first: bool, cu_seqlens: Tensor | None, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -267,7 +259,7 @@ def test_without_gradients_nothing_is_kept() -> None:
         seen.append(args[-1])
         return raw_forward(*args)
 
-    raw = core7.Raw7(forward, raw_backward)
+    raw = Raw(forward, raw_backward)
     x = make(1, 5, 2, 64, 1)
     fused(x, False, None, raw=raw)
     with torch.no_grad():

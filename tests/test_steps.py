@@ -294,12 +294,19 @@ def test_the_least_is_computed_anew_that_memory_asks_for(load: Callable[..., Rwk
         assert all(now >= then for now, then in zip(ranks, before, strict=True))  # more memory, no more work
         before = ranks
         seen.add(modes)
-    assert len(seen) == 11
+    assert len(seen) == 16
     assert choose_checkpoint(model, tokens, 0) == ("block",) * 5
     assert choose_checkpoint(model, tokens, 1e15) == ("none",) * 5
 
 
-MODES = ["none", "selective", "block", ("block", "none", "selective")]
+def test_the_operators_of_older_versions_keep_too_little_to_run_again(load: Callable[..., Rwkv]) -> None:
+    model = load(version="x060", layers=5)
+    least, most = (needed(model, 10_000, (mode,) * 5) for mode in ("block", "none"))
+    seen = {choose_checkpoint(model, 10_000, float(free)) for free in np.linspace(0.9 * least, 1.1 * most, 300)}
+    assert {mode for modes in seen for mode in modes} == {"block", "selective", "none"}
+
+
+MODES = ["none", "operator", "selective", "block", ("block", "operator", "selective")]
 OFFSETS = {"rows": None, "documents": [0, 0, 5, 6, 40, 40]}
 
 
@@ -342,6 +349,7 @@ class Products(TorchDispatchMode):
     ("mode", "twice"),
     [
         ("none", set()),
+        ("operator", set()),
         ("selective", {"att.receptance", "att.key", "att.value"}),
         ("block", {"att.receptance", "att.key", "att.value", "ffn.key"}),
     ],

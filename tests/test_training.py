@@ -296,7 +296,7 @@ def test_a_run_does_not_depend_on_how_its_steps_are_cut(config: TrainConfig, tmp
     assert len({m["loss"] for m in first}) == 3
 
 
-HOW = [{"grad_checkpoint": "block"}, {"grad_checkpoint": "selective"}, {"op": "reference"}]
+HOW = [*({"grad_checkpoint": mode} for mode in ("operator", "selective", "block")), {"op": "reference"}]
 
 
 @pytest.mark.parametrize("settings", HOW, ids=str)

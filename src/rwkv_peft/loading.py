@@ -36,7 +36,7 @@ def load_model(
     tensors = read_tensors(path)
     kind, sizes = check_model(path, tensors)
     model = _without_values(kind, sizes, tensors)
-    backend = choose_backend(op, place, sizes.head_size, kind.wkv)
+    backend = choose_backend(op, place, sizes.head_size)
     for name in [n for n, _ in model.named_parameters()]:
         check_finite(path, name, tensors[name])
         kept = torch.float32 if name.endswith(STATES) else number

@@ -101,9 +101,9 @@ class TrainConfig(DataConfig, _Run):
     """Strength of RWKV's pull of the largest logit to 0; 0 switches it off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrices. [bf16 on a GPU, fp32 on a CPU]"""
-    grad_checkpoint: Literal["auto", "none", "selective", "block"] = "auto"
-    """Recompute in the backward pass: nothing, each layer's time-mix, or each layer: slower, less memory. [as much as
-    the GPU's memory asks for; none on a CPU]"""
+    grad_checkpoint: Literal["auto", "none", "operator", "selective", "block"] = "auto"
+    """Recompute in the backward pass: nothing, the recurrence, the time-mix around it, or whole layers: slower, less
+    memory. [as much as the GPU's memory asks for; none on a CPU]"""
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
     graphs: Annotated[bool, ADVANCED] = True

@@ -47,8 +47,8 @@ def of_operators(device: torch.device, versions: Sequence[int]) -> Iterator[Meas
     dtype = usual_dtype(device)
     B, T, H = SHAPES[device.type]
     what = f"operator of one layer of width {H * HEAD_SIZE}, forward and backward, {name_of(dtype)}"
+    auto = choose_backend("auto", device, HEAD_SIZE).name
     for version in versions:
-        auto = choose_backend("auto", device, HEAD_SIZE, version).name
         yield Measurement(
             f"RWKV-{version} {auto}",
             partial(operator, auto, version, B, T, H, dtype, device),

@@ -122,7 +122,8 @@ class Block(nn.Module):
         """x (B,T,D), wkv (S,H,N,N) or None for zeros, shift (2,S,D) → the same after this layer.
 
         `grad_checkpoint`: what the backward pass computes anew, instead of keeping it: none, block (the layer, as two
-        halves), selective (its time-mix alone). `draws`: whether random numbers are drawn in between.
+        halves), selective (its time-mix alone), operator (the recurrence alone). `draws`: whether random numbers are
+        drawn in between.
         """
 
         def run(half: Callable[..., Any], again: bool, *args: Any) -> Any:
@@ -130,7 +131,9 @@ class Block(nn.Module):
                 return half(*args)
             return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=draws)
 
-        again = grad_checkpoint != "none"
+        if grad_checkpoint == "operator":
+            op = op.again
+        again = grad_checkpoint in ("selective", "block")
         x, out, shared, wkv, att_last = run(self.mix_time, again, x, shared, wkv, shift[0], documents, op)
         again = grad_checkpoint == "block"
         x, ffn_last = run(self.mix_channels, again, x, out, shared, shift[1], documents, op)

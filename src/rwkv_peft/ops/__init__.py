@@ -6,10 +6,13 @@ To add a backend: one file with its functions, one row in `BACKENDS`, best first
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..errors import ConfigError
 from . import chunked6, chunked7, cuda, fla, reference, triton
@@ -32,6 +35,17 @@ class Backend:
     pieces: Pieces = PLAIN
     """What lies between a layer's matrix products."""
 
+    @cached_property
+    def again(self) -> Backend:
+        """The same backend, but the backward pass runs an operator anew and has not kept what it makes."""
+        pieces = replace(self.pieces, core7=lambda _, *rest: _anew(self.pieces.core7, self.wkv7, *rest))
+        wkv5, wkv6, wkv7 = (partial(_anew, wkv) for wkv in (self.wkv5, self.wkv6, self.wkv7))
+        return replace(self, wkv5=wkv5, wkv6=wkv6, wkv7=wkv7, pieces=pieces)
+
+
+def _anew(call: Callable[..., Any], *args: Any) -> Any:
+    return checkpoint(call, *args, use_reentrant=False, preserve_rng_state=False)
+
 
 def _anywhere(device: torch.device, head_size: int) -> None:
     return None
@@ -46,14 +60,14 @@ BACKENDS = {
 }
 
 
-def choose_backend(name: str, device: torch.device, head_size: int, version: int = 7) -> Backend:
-    """The backend called `name`, or for `auto` the fastest that runs this RWKV version on `device`.
+def choose_backend(name: str, device: torch.device, head_size: int) -> Backend:
+    """The backend called `name`, or for `auto` the fastest that runs on `device`.
 
-    That is the first of `BACKENDS` which can; but for RWKV-7 `cuda` where it has tensor cores and can be compiled.
+    That is `cuda` where it has tensor cores and can be compiled, else the first of `BACKENDS` which can.
     Raises ConfigError if `name` is unknown or cannot run there.
     """
     if name == "auto":
-        if cuda.is_fastest(version, device, head_size):
+        if cuda.is_fastest(device, head_size):
             return BACKENDS["cuda"]
         return next(b for b in BACKENDS.values() if b.supports(device, head_size) is None)
     if name not in BACKENDS:

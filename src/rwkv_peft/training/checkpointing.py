@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import torch
 
 from ..models import Rwkv
 
 # What a layer keeps for the backward pass, in numbers a token and channel; measured with LoRA
-KEPT = {"block": 2.0, "selective": 6.5, "none": 22.0}
+KEPT = {"block": 2.0, "selective": 6.5, "operator": 17.0, "none": 22.0}
 PASSING = 34.0  # what is there besides while a layer is computed anew and backward
 LOSS = 2**29  # bytes of the loss's logits and the like
 OPTIMISER = 12  # bytes of a parameter that trains: gradient and AdamW's averages
@@ -16,18 +18,20 @@ OPTIMISER = 12  # bytes of a parameter that trains: gradient and AdamW's average
 def choose_checkpoint(model: Rwkv, tokens: int, free: float) -> tuple[str, ...]:
     """For each layer the least to compute anew with which micro-batches of so many `tokens` fit into `free` bytes.
 
-    A layer's channel-mix is worth keeping before its time-mix: it saves more time a byte.
+    A layer's channel-mix is worth keeping before its time-mix: it saves more time a byte. Only RWKV-7's operator keeps
+    much.
     """
     unit = tokens * model.sizes.width * model.like.element_size()
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     room = (free - OPTIMISER * trained - LOSS) / unit - PASSING
     modes = ["block"] * model.sizes.layers
     room -= KEPT["block"] * len(modes)
-    for mode, before in (("selective", "block"), ("none", "selective")):
+    for before, mode in pairwise(mode for mode in KEPT if mode != "operator" or model.wkv == 7):
         more = KEPT[mode] - KEPT[before]
-        for i, now in enumerate(modes):
-            if now == before and room >= more:
-                modes[i], room = mode, room - more
+        for i in range(len(modes)):
+            if room < more:
+                return tuple(modes)
+            modes[i], room = mode, room - more
     return tuple(modes)
 
 

@@ -9,17 +9,18 @@ Axes: B batch, T tokens, H heads, N head size, S documents, P blocks that share 
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable
-from functools import lru_cache
+from collections.abc import Callable, Sequence
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ...errors import ConfigError
+from ..raw import Raw, Saved, recurrence
 from . import chunked6, chunked7
 from .build import find_nvcc
+from .chunked7 import aligned
 from .library import DTYPES, NO_NVCC, Call, backward_parts, load, run
 
 HEAD_SIZES = (64, 128)
@@ -98,11 +99,8 @@ def _wkv(
         )
     if _on_tensor_cores(version, inputs):
         return CHUNKED[version](*inputs, initial_state, cu_seqlens)
-    trains = any(x is not None and x.requires_grad for x in (*inputs, initial_state))
-    y, final_state = _Wkv.apply(  # type: ignore[no-untyped-call]
-        version, trains and torch.is_grad_enabled(), offsets, initial_state, *inputs
-    )
-    return y, final_state
+    raw = Raw(partial(_forward, version), partial(_backward, version))
+    return recurrence(raw, [aligned(x) for x in inputs], initial_state, offsets)
 
 
 def _on_tensor_cores(version: int, inputs: tuple[Tensor, ...]) -> bool:
@@ -121,9 +119,9 @@ def has_tensor_cores(device: torch.device, head_size: int) -> bool:
     return head_size == chunked7.HEAD_SIZE and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
-def is_fastest(version: int, device: torch.device, head_size: int) -> bool:
+def is_fastest(device: torch.device, head_size: int) -> bool:
     """Whether these kernels were measured to be faster than Triton's, and can be had: the first call compiles them."""
-    if version != 7 or supports(device, head_size) is not None or not has_tensor_cores(device, head_size):
+    if supports(device, head_size) is not None or not has_tensor_cores(device, head_size):
         return False
     try:
         load(device)
@@ -144,50 +142,46 @@ def _moved(bounds: tuple[int, ...], device: torch.device) -> Tensor:
     return torch.tensor(bounds, dtype=torch.int32).pin_memory().to(device, non_blocking=True)
 
 
-class _Wkv(torch.autograd.Function):
-    """Both directions of every version; keeps the inputs and one state in float32 for every 32 tokens."""
+def _forward(version: int, *args: Any) -> tuple[Tensor, Tensor, Saved | None]:
+    """As `Raw.forward`; keeps one state in float32 for every 32 tokens."""
+    *inputs, initial_state, offsets, keep = args
+    named = _named(version, inputs)
+    r = named["r"]
+    B, T, H, N = r.shape
+    call = _call(version, named, offsets)
+    y, final = torch.empty_like(r), r.new_empty(call.documents, H, N, N, dtype=torch.float32)
+    initial = None if initial_state is None else aligned(initial_state.float())
+    kept = removed = None
+    if keep:
+        kept = r.new_empty(B * T // SEGMENT + call.documents, H, N, N, dtype=torch.float32)
+        removed = torch.empty_like(r, dtype=torch.float32) if version == 7 else None
+    call.give(y=y, initial=initial, final=final, kept=kept, removed=removed)
+    run(f"wkv{max(version, 6)}_forward", call, N, r.device)
+    return y, final, None if kept is None else Saved((kept, *([] if removed is None else [removed])), offsets)
 
-    @staticmethod
-    def forward(
-        ctx: Any, version: int, trains: bool, offsets: Tensor | None, initial_state: Tensor | None, *inputs: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        named = {n: _dense(x.float() if n == "u" else x) for n, x in zip(INPUTS[version], inputs, strict=True)}
-        r = named["r"]
-        B, T, H, N = r.shape
-        call = _call(version, named, offsets)
-        y, final = torch.empty_like(r), r.new_empty(call.documents, H, N, N, dtype=torch.float32)
-        initial = None if initial_state is None else _dense(initial_state.float())
-        kept = removed = None
-        if trains:
-            kept = r.new_empty(B * T // SEGMENT + call.documents, H, N, N, dtype=torch.float32)
-            removed = torch.empty_like(r, dtype=torch.float32) if version == 7 else None
-        call.give(y=y, initial=initial, final=final, kept=kept, removed=removed)
-        run(f"wkv{max(version, 6)}_forward", call, N, r.device)
-        ctx.save_for_backward(offsets, kept, removed, *named.values())
-        ctx.version, ctx.state_dtype = version, None if initial_state is None else initial_state.dtype
-        ctx.dtypes = [x.dtype for x in inputs]
-        ctx.set_materialize_grads(False)
-        return y, final
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, d_final: Tensor | None) -> tuple[Tensor | None, ...]:
-        offsets, kept, removed, *inputs = ctx.saved_tensors
-        named, name = dict(zip(INPUTS[ctx.version], inputs, strict=True)), f"wkv{max(ctx.version, 6)}_backward"
-        r = named["r"]
-        N = r.shape[3]
-        call = _call(ctx.version, named, offsets)
-        P = call.parts = backward_parts(name, call, N, r.device)
-        gradients = {n: _gradient(n, x, P, call.documents) for n, x in named.items()}
-        dy = torch.zeros_like(r) if dy is None else _dense(dy)
-        d_final = None if d_final is None else _dense(d_final)
-        d_initial = None if ctx.state_dtype is None else torch.empty_like(kept[: call.documents])
-        call.give(**{f"d{n}": x for n, x in gradients.items()}, dy=dy, kept=kept, removed=removed)
-        call.give(d_initial=d_initial, d_final=d_final)
-        run(name, call, N, r.device)
-        summed = (_sum_to(gradients[n], x.ndim) for n, x in named.items())
-        given = (x.to(dtype) for x, dtype in zip(summed, ctx.dtypes, strict=True))
-        return None, None, None, None if d_initial is None else d_initial.to(ctx.state_dtype), *given
+def _backward(version: int, saved: Saved, *args: Any) -> tuple[Tensor, ...]:
+    """As `Raw.backward`."""
+    *inputs, dy, d_final = args
+    (kept, *removed), offsets = saved
+    named, name = _named(version, inputs), f"wkv{max(version, 6)}_backward"
+    r, dy = named["r"], aligned(dy)
+    N = r.shape[3]
+    call = _call(version, named, offsets)
+    P = call.parts = backward_parts(name, call, N, r.device)
+    gradients = {n: _gradient(n, x, P, call.documents) for n, x in named.items()}
+    d_final = None if d_final is None else aligned(d_final)
+    d_initial = torch.empty_like(kept[: call.documents])
+    call.give(**{f"d{n}": x for n, x in gradients.items()}, dy=dy, kept=kept, removed=removed[0] if removed else None)
+    call.give(d_initial=d_initial, d_final=d_final)
+    run(name, call, N, r.device)
+    summed = (_sum_to(gradients[n], x.ndim) for n, x in named.items())
+    return *(x.to(given.dtype) for x, given in zip(summed, inputs, strict=True)), d_initial
+
+
+def _named(version: int, inputs: Sequence[Tensor]) -> dict[str, Tensor]:
+    """By their names; u is float32 for the kernels."""
+    return {n: aligned(x.float()) if n == "u" else x for n, x in zip(INPUTS[version], inputs, strict=True)}
 
 
 def _call(version: int, named: dict[str, Tensor], offsets: Tensor | None) -> Call:
@@ -208,9 +202,3 @@ def _gradient(name: str, x: Tensor, P: int, documents: int) -> Tensor:
 
 def _sum_to(x: Tensor, axes: int) -> Tensor:
     return x if x.ndim == axes else x.sum(tuple(range(x.ndim - axes)))
-
-
-def _dense(x: Tensor) -> Tensor:
-    """Contiguous, and aligned for loads of 16 bytes."""
-    x = x.contiguous()
-    return x if x.data_ptr() % 16 == 0 else x.clone()

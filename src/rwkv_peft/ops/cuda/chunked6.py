@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..chunks import Table, table
+from ..raw import Raw, Saved, recurrence
 from .chunked7 import CHUNK, aligned, parts
 from .library import DTYPES as NUMBERED
 from .library import run
@@ -64,37 +64,13 @@ def wkv6(
 ) -> tuple[Tensor, Tensor]:
     """The same function as `reference.wkv6`, for r, k, v of one dtype of 16 bits, w of any, N = 64."""
     inputs = (*(aligned(x) for x in (r, w, k, v)), aligned(u.float()))
-    y, final_state = _Wkv6.apply(*inputs, initial_state, cu_seqlens)  # type: ignore[no-untyped-call]
-    return y, final_state
+    return recurrence(RAW, inputs, initial_state, cu_seqlens)
 
 
-class _Wkv6(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        *inputs, initial_state, cu_seqlens = args
-        y, final_state, states, chunks = _forward(inputs, initial_state, cu_seqlens)
-        ctx.cu_seqlens, ctx.chunks, ctx.used = cu_seqlens, chunks, False
-        ctx.save_for_backward(*inputs, initial_state, states)
-        ctx.set_materialize_grads(False)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state, states = ctx.saved_tensors  # read once: a checkpoint hands them out once
-        if ctx.used:  # a backward before this one has written over the states
-            states = _forward(inputs, initial_state, ctx.cu_seqlens)[2]
-        ctx.used = True
-        dy = torch.zeros_like(inputs[0]) if dy is None else aligned(dy)
-        *gradients, dinitial = _backward(inputs, dy, dfinal, states, ctx.chunks)
-        return *gradients, None if initial_state is None else dinitial.to(initial_state.dtype), None
-
-
-def _forward(
-    inputs: list[Tensor], initial_state: Tensor | None, cu_seqlens: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor, Table]:
-    """y (B,T,H,N), the final state, and for `_backward` the tiles of states and the chunks."""
-    r = inputs[0]
+def wkv6_forward(*args: Any) -> tuple[Tensor, Tensor, Saved]:
+    """As `Raw.forward` for r, w, k, v, u; the states before each chunk are kept in any case, as y is made from them."""
+    *inputs, initial_state, cu_seqlens, _ = args
+    r: Tensor = inputs[0]
     B, T, H, N = r.shape
     chunks = table(cu_seqlens, B, T, CHUNK, r.device)
     in_place = cu_seqlens is None and T % CHUNK == 0
@@ -104,14 +80,14 @@ def _forward(
     call = _call(inputs, chunks, states)
     call.give(y=y, initial=initial, final_state=final_state)
     run("chunked6_forward", call, SCAN | OUTPUT, r.device)
-    return y, final_state, states, chunks
+    return y, final_state, Saved((states,), chunks)
 
 
-def _backward(
-    inputs: list[Tensor], dy: Tensor, dfinal: Tensor | None, states: Tensor, chunks: Table
-) -> tuple[Tensor, ...]:
-    """Gradients of r, w, k, v, u and of the initial state (S,H,N,N). `states` is used up."""
-    r, w = inputs[:2]
+def wkv6_backward(saved: Saved, *args: Any) -> tuple[Tensor, ...]:
+    """As `Raw.backward`: gradients may have the memory of the states."""
+    *inputs, dy, dfinal = args
+    (states,), chunks = saved
+    r, w, dy = *inputs[:2], aligned(dy)
     H, N = r.shape[2:]
     shared = w.ndim == 2
     dstates = torch.empty_like(states)
@@ -128,6 +104,9 @@ def _backward(
     run("chunked6_backward", call, SCAN_BACK | GRADIENTS, r.device)
     du, *of_w = shares.sum(1)
     return dr, *(of_w or [dw]), dk, dv, du, dinitial
+
+
+RAW = Raw(wkv6_forward, wkv6_backward)
 
 
 def _call(inputs: list[Tensor], chunks: Table, states: Tensor) -> Call:

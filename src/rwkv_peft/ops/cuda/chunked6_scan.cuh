@@ -4,7 +4,9 @@
 
 namespace {
 
-constexpr bool OVERLAP = false;  // whether the kernel after a scan begins before the scan has ended
+#ifndef OVERLAP
+#define OVERLAP false
+#endif
 constexpr int STAGES = 3;  // chunks that a scan has in shared memory
 constexpr int SCAN_BYTES = STAGES * (TILE + WARPS * (2048 + 4096));  // at most
 

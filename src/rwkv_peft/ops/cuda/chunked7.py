@@ -11,13 +11,13 @@ from __future__ import annotations
 
 from ctypes import Structure, c_int, c_void_p
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from ..chunks import Table, table
+from ..raw import Raw, Saved, recurrence
 from .library import run
 
 CHUNK = HEAD_SIZE = 64
@@ -51,17 +51,6 @@ class Plan(NamedTuple):
     call: Call  # with the fields that all of them have
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass, besides the inputs. A tensor of tiles has 16 bits a value."""
-
-    plan: Plan
-    inverse: Tensor  # tiles: X less the identity
-    transfer: Tensor  # tiles
-    reader: Tensor  # tiles
-    states: Tensor  # tiles: the state before each chunk
-    end: Tensor  # (G,H,N) float32
-
-
 def wkv7(
     r: Tensor,
     w: Tensor,
@@ -73,32 +62,7 @@ def wkv7(
     cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same function as `reference.wkv7`, for inputs of one of `DTYPES`, w of either of them, with N = 64."""
-    inputs = [aligned(x) for x in (r, w, k, v, kk, iclr)]
-    y, final_state = _Wkv7.apply(*inputs, initial_state, cu_seqlens)  # type: ignore[no-untyped-call]
-    return y, final_state
-
-
-class _Wkv7(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        y, final_state, saved = wkv7_forward(*(*args, any(ctx.needs_input_grad)))
-        if saved is not None:
-            ctx.plan, ctx.cu_seqlens, ctx.used = saved.plan, args[7], False
-            ctx.save_for_backward(*args[:7], *saved[1:])
-        ctx.set_materialize_grads(False)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        r, w, k, v, kk, iclr, initial_state, *kept = ctx.saved_tensors  # once: a checkpoint hands them out once
-        inputs = (r, w, k, v, kk, iclr)
-        saved = None if ctx.used else Saved(ctx.plan, *kept)  # a backward before this one has written over it
-        ctx.used = True
-        dy = torch.zeros_like(r) if dy is None else aligned(dy)
-        forward = {"initial_state": initial_state, "cu_seqlens": ctx.cu_seqlens}
-        *gradients, dinitial = wkv7_backward(saved, *inputs, dy, dfinal, **forward)
-        return *gradients, None if initial_state is None else dinitial.to(initial_state.dtype), None
+    return recurrence(RAW, [aligned(x) for x in (r, w, k, v, kk, iclr)], initial_state, cu_seqlens)
 
 
 def wkv7_forward(
@@ -112,7 +76,7 @@ def wkv7_forward(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
-    """y (B,T,H,N), the final state, and with `keep` what `wkv7_backward` needs. Inputs `aligned`, as of `wkv7`."""
+    """As `Raw.forward`; inputs `aligned`, as of `wkv7`."""
     plan = _plan(r, w, cu_seqlens)
     y, end = torch.empty_like(r), r.new_empty(plan.chunks.chunks, plan.heads, HEAD_SIZE, dtype=torch.float32)
     transfer, reader, states = _tiles(plan, r), _tiles(plan, r), _tiles(plan, r)
@@ -124,11 +88,11 @@ def wkv7_forward(
     call.give(inverse=inverse, transfer=transfer, reader=reader, states=states, end=end)
     call.keep = keep
     run("chunked7_forward", call, LOCAL | SCAN, r.device)
-    return y, final_state, None if inverse is None else Saved(plan, inverse, transfer, reader, states, end)
+    return y, final_state, None if inverse is None else Saved((inverse, transfer, reader, states, end), plan)
 
 
 def wkv7_backward(
-    saved: Saved | None,
+    saved: Saved,
     r: Tensor,
     w: Tensor,
     k: Tensor,
@@ -140,19 +104,12 @@ def wkv7_backward(
     dr: Tensor | None = None,
     dk: Tensor | None = None,
     dv: Tensor | None = None,
-    initial_state: Tensor | None = None,
-    cu_seqlens: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of r, w, k, v, kk, iclr, in r's dtype, and of the initial state (S,H,N,N).
-
-    Where `dr`, `dk`, `dv` are given, they come added to these, in place. `saved` is used up: gradients may have
-    the memory of its tiles. Without it the forward is run anew; only then are the last two arguments looked at.
-    """
-    if saved is None:
-        saved = wkv7_forward(r, w, k, v, kk, iclr, initial_state, cu_seqlens, True)[2]
-        assert saved is not None
-    plan, *tiles, end = saved
+    """As `Raw.backward`: gradients in r's dtype, which may have the memory of what was saved."""
+    plan: Plan = saved.plan
+    *tiles, end = saved.tensors
     inverse, transfer, reader, states = tiles
+    dy = aligned(dy)
     dstates = _tiles(plan, r)
     # `data`: in-place changes of a gradient are none of a saved tensor to autograd
     free = [dstates, *(x.data for x in tiles)] if plan.in_place else []
@@ -166,6 +123,9 @@ def wkv7_backward(
     call.add = dr is not None
     run("chunked7_backward", call, SCAN_BACK | GRADIENTS, r.device)
     return *gradients, dinitial
+
+
+RAW = Raw(wkv7_forward, wkv7_backward)
 
 
 def _tiles(plan: Plan, r: Tensor) -> Tensor:

@@ -20,10 +20,9 @@ def core7(wkv7: Any, r: Tensor, *rest: Any) -> Any:
     """The same function as `pieces.core7`; on tensor cores as one Function with the operator inside."""
     vectors = rest[7]
     if triton.is_installed() and r.dtype in chunked7.DTYPES and has_tensor_cores(r.device, vectors.r_k.shape[1]):
-        from ..triton.core7 import Raw7, core7
+        from ..triton.core7 import core7
 
-        raw = Raw7(chunked7.wkv7_forward, chunked7.wkv7_backward)
-        return partial(core7, raw=raw)(wkv7, r, *rest)
+        return partial(core7, raw=chunked7.RAW)(wkv7, r, *rest)
     return PLAIN.core7(wkv7, r, *rest)
 
 

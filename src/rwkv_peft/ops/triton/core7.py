@@ -26,6 +26,7 @@ from torch.autograd.function import once_differentiable
 
 from .. import pieces
 from ..pieces import Documents, Vectors7
+from ..raw import Raw, Saved
 from .activations import fits
 
 HEAD_SIZES = (64, 128)
@@ -37,21 +38,6 @@ MOST_TILES = 16  # that a program walks over
 LEAST_TILES = 4  # where programs leave partial sums
 PROGRAMS = 2048  # keep a GPU busy: with more tokens, programs walk further
 SLOTS = 8  # of partial sums: w0 a0 v0 k_k k_a r_k, weight and bias of ln_x
-
-
-class Raw7(NamedTuple):
-    """An RWKV-7 operator as two plain functions; tensors are (B,T,H,N)."""
-
-    forward: Callable[..., tuple[Tensor, Tensor, Any]]
-    """(r, w, k, v, kk, iclr, state, cu_seqlens, keep) → (y, final state, what backward needs beside the inputs).
-
-    The last is a tuple, named or not, of tensors and other things; without `keep` it is not looked at.
-    """
-    backward: Callable[..., tuple[Tensor | None, ...]]
-    """(saved, r, w, k, v, kk, iclr, dy, dfinal, dr, dk, dv) → gradients of r, w, k, v, kk, iclr and state.
-
-    Those of r, k, v come added to dr, dk, dv, in place. What `saved` holds may be written over.
-    """
 
 
 def core7(
@@ -68,7 +54,7 @@ def core7(
     ln_x: nn.Module,
     state: Tensor,
     documents: Documents,
-    raw: Raw7 | None = None,
+    raw: Raw | None = None,
     keep_prepared: bool = False,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The same function as `pieces.core7`: arguments, shapes and results are described there.
@@ -81,9 +67,9 @@ def core7(
     if not _applies(tensors, vectors, ln_x):
         return pieces.core7(wkv7, r, k, v, w_low, a_low, v_low, gate, v_first, vectors, ln_x, state, documents)
     if raw is None:
-        from .wkv7 import wkv7_backward, wkv7_forward
+        from .wkv7 import RAW
 
-        raw = Raw7(wkv7_forward, wkv7_backward)
+        raw = RAW
     if first:
         vectors = vectors._replace(v0=None)
     inputs = (*tensors, *vectors, ln_x.weight, ln_x.bias, state)
@@ -101,7 +87,7 @@ def _applies(tensors: tuple[Tensor | None, ...], vectors: Vectors7, ln_x: nn.Mod
 
 
 class _Options(NamedTuple):
-    raw: Raw7
+    raw: Raw
     eps: float
     cu_seqlens: Tensor | None
     keep: bool
@@ -192,11 +178,9 @@ class _Core7(torch.autograd.Function):
         out = torch.empty_like(x.r)
         plan.launch(_finish, y, x.r, p.k, p.v, x.gate, x.r_k, x.weight, x.bias, out, options.eps)
         if options.keep:
-            ctx.options, ctx.spent = options, False
-            ctx.make = getattr(type(saved), "_make", tuple)  # a named tuple comes back as one
-            ctx.form = [Tensor if isinstance(s, Tensor) else s for s in saved]
-            own = (s for s in saved if isinstance(s, Tensor))
-            ctx.save_for_backward(*x, y, *(p if options.keep_prepared else ()), *own)
+            assert saved is not None
+            ctx.options, ctx.plan, ctx.spent = options, saved.plan, False
+            ctx.save_for_backward(*x, y, *(p if options.keep_prepared else ()), *saved.tensors)
         ctx.set_materialize_grads(False)
         # v_first is handed through, so that its gradient gathers from layer to layer inside the kernels
         place = 2 if x.v_first is None else 7
@@ -236,12 +220,12 @@ class _Core7(torch.autograd.Function):
         return None, dr, dk, dv, dw, diclr, dv_low, dgate, dv_first, *_vector_gradients(sums, x[8:16], train), dstate
 
 
-def _restore(ctx: Any) -> tuple[_Inputs, Tensor, _Prepared | None, Any]:
+def _restore(ctx: Any) -> tuple[_Inputs, Tensor, _Prepared | None, Saved | None]:
     """What forward kept: its inputs, y, the operator's inputs if they were kept, what the operator saved."""
     tensors = iter(ctx.saved_tensors)
     x, y = _Inputs(*islice(tensors, 17)), next(tensors)
     p = _Prepared(*islice(tensors, 5)) if ctx.options.keep_prepared else None
-    return x, y, p, ctx.make(next(tensors) if s is Tensor else s for s in ctx.form)
+    return x, y, p, Saved(tuple(tensors), ctx.plan)
 
 
 def _vector_gradients(

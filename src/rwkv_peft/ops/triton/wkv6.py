@@ -23,10 +23,10 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
 from ..chunks import Table, table
+from ..raw import Raw, Saved, recurrence
 from .common import dot, product_kind
 
 C = 64
@@ -67,44 +67,40 @@ def wkv6(
     N is 64 or 128, r not float64. Unless r is float32, products of tiles take bf16 operands, and the states before each
     chunk of 64 tokens, which are kept for backward, are bf16.
     """
+    return recurrence(RAW, [x.contiguous() for x in (r, w, k, v, u)], initial_state, cu_seqlens)
+
+
+def wkv6_forward(*args: Any) -> tuple[Tensor, Tensor, Saved]:
+    """As `Raw.forward`; the states before each chunk are kept in any case, as y is made from them."""
+    r, w, k, v, u, initial_state, cu_seqlens, _ = args
     B, T, _, _ = r.shape
     chunks = table(cu_seqlens, B, T, C, r.device)
-    y, final_state = _Wkv6.apply(r, w, k, v, u, initial_state, chunks)
-    return y, final_state
+    states, final_state = _run_scan(v, k, w, initial_state, chunks, back=False)
+    y = _run_output(r, w, k, v, u, states, chunks, back=False)
+    return y, final_state, Saved((states,), chunks)
 
 
-class _Wkv6(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        r, w, k, v, u = (x.contiguous() for x in args[:5])
-        initial_state, chunks = args[5:]
-        states, final_state = _run_scan(v, k, w, initial_state, chunks, back=False)
-        y = _run_output(r, w, k, v, u, states, chunks, back=False)
-        ctx.save_for_backward(r, w, k, v, u, states)
-        ctx.chunks, ctx.state_dtype = chunks, None if initial_state is None else initial_state.dtype
-        return y, final_state
+def wkv6_backward(saved: Saved, *args: Any) -> tuple[Tensor, ...]:
+    """As `Raw.backward`."""
+    r, w, k, v, u, dy, dfinal = args
+    (states,), chunks = saved
+    dstates, dinitial = _run_scan(dy, r, w, dfinal, chunks, back=True)
+    dv = _run_output(r, w, k, dy, u, dstates, chunks, back=True)
+    H, N = r.shape[2:]
+    shared = w.dim() == 2
+    shares = r.new_empty(2, chunks.chunks, H, N, dtype=torch.float32)  # each chunk's part of du, and of wkv5's dw
+    dr, dk, dw = torch.empty_like(r), torch.empty_like(k), shares[1] if shared else torch.empty_like(w)
+    _gradients[(chunks.chunks * H * (N // GRADIENT_KEYS),)](
+        r, w, k, v, u, dy, states, dstates, _between_tokens(r.device), chunks.start, chunks.length,
+        dr, dw, dk, shares[0], H, N, C, ROWS, GRADIENT_KEYS, shared, product_kind(r.dtype),
+        num_warps=8, num_stages=1,
+    )  # fmt: skip
+    if shared:
+        dw = dw.sum(0).to(w.dtype)
+    return dr, dw, dk, dv, shares[0].sum(0).to(u.dtype), dinitial
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor, dfinal: Tensor) -> tuple[Tensor | None, ...]:
-        r, w, k, v, u, states = ctx.saved_tensors
-        chunks: Table = ctx.chunks
-        dy = dy.contiguous()
-        dstates, dinitial = _run_scan(dy, r, w, dfinal, chunks, back=True)
-        dv = _run_output(r, w, k, dy, u, dstates, chunks, back=True)
-        H, N = r.shape[2:]
-        shared = w.dim() == 2
-        shares = r.new_empty(2, chunks.chunks, H, N, dtype=torch.float32)  # each chunk's part of du, and of wkv5's dw
-        dr, dk, dw = torch.empty_like(r), torch.empty_like(k), shares[1] if shared else torch.empty_like(w)
-        _gradients[(chunks.chunks * H * (N // GRADIENT_KEYS),)](
-            r, w, k, v, u, dy, states, dstates, _between_tokens(r.device), chunks.start, chunks.length,
-            dr, dw, dk, shares[0], H, N, C, ROWS, GRADIENT_KEYS, shared, product_kind(r.dtype),
-            num_warps=8, num_stages=1,
-        )  # fmt: skip
-        if shared:
-            dw = dw.sum(0).to(w.dtype)
-        du = shares[0].sum(0).to(u.dtype) if ctx.needs_input_grad[4] else None
-        return dr, dw, dk, dv, du, None if ctx.state_dtype is None else dinitial.to(ctx.state_dtype), None
+
+RAW = Raw(wkv6_forward, wkv6_backward)
 
 
 def _run_scan(

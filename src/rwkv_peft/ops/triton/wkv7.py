@@ -16,16 +16,14 @@ RWKV-7 bounds it by -0.5. Axes: B rows, T tokens, H heads, N head size, S docume
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 from .. import reference
-from ..chunks import table
+from ..chunks import Table, table
+from ..raw import Raw, Saved, recurrence
 from .common import dot, product_kind
 
 
@@ -262,20 +260,6 @@ def _gradients(
     tl.store(diclr_ptr + at, (db * kk).to(diclr_ptr.dtype.element_ty), mask=inside)
 
 
-class Saved(NamedTuple):
-    """What the backward pass needs of the forward pass, besides the inputs."""
-
-    start: Tensor  # these four are the chunks' `Table`
-    length: Tensor
-    first: Tensor
-    counts: Tensor
-    inverse: Tensor  # (G,H,C,C) X less the identity
-    transfer: Tensor  # (G,H,N,N)
-    reader: Tensor  # (G,H,C,N)
-    states: Tensor  # (G,H,N,N) the state before each chunk
-    end: Tensor  # (G,H,N) float32
-
-
 def wkv7(
     r: Tensor,
     w: Tensor,
@@ -289,28 +273,7 @@ def wkv7(
     """The same function as `reference.wkv7`: arguments, shapes and results are described there."""
     if r.shape[1] == 1 and cu_seqlens is None:  # a chunk of one token is the recurrence itself
         return reference.wkv7(r, w, k, v, kk, iclr, initial_state)
-    inputs = (x.contiguous() for x in (r, w, k, v, kk, iclr))
-    y, final_state = _Wkv7.apply(*inputs, initial_state, cu_seqlens)
-    return y, final_state
-
-
-class _Wkv7(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, *args: Any) -> tuple[Tensor, Tensor]:
-        keep = any(ctx.needs_input_grad)
-        y, final_state, saved = wkv7_forward(*(*args, keep))
-        ctx.save_for_backward(*args[:7], *(saved or ()))
-        ctx.set_materialize_grads(False)
-        return y, final_state
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
-        *inputs, initial_state = (tensors := ctx.saved_tensors)[:7]  # a checkpoint gives them once
-        saved = Saved(*tensors[7:])
-        dy = torch.zeros_like(inputs[0]) if dy is None else dy.contiguous()
-        *gradients, dinitial = wkv7_backward(saved, *(*inputs, dy, dfinal))
-        return *gradients, None if initial_state is None else dinitial.to(initial_state.dtype), None
+    return recurrence(RAW, [x.contiguous() for x in (r, w, k, v, kk, iclr)], initial_state, cu_seqlens)
 
 
 def wkv7_forward(
@@ -324,7 +287,11 @@ def wkv7_forward(
     cu_seqlens: Tensor | None,
     keep: bool,
 ) -> tuple[Tensor, Tensor, Saved | None]:
-    """y (B,T,H,N), the final state, and with `keep` what `wkv7_backward` needs. Inputs contiguous, as of `wkv7`."""
+    """As `Raw.forward`. Kept are tiles in `_low`'s dtype:
+
+    X less the identity (G,H,C,C), transfer (G,H,N,N), reader (G,H,C,N), and the state before each chunk (G,H,N,N);
+    and the decay of each chunk (G,H,N) in float32.
+    """
     B, T, H, N = r.shape
     C = _chunk(r.dtype, N)
     chunks = table(cu_seqlens, B, T, C, r.device)
@@ -347,7 +314,7 @@ def wkv7_forward(
         initial_state, chunks.first, chunks.counts, chunks.start, chunks.length, transfer, injected, reader, end,
         y, states, final_state, H, N, C, part, kind, initial_state is not None, keep, num_warps=4, num_stages=3,
     )  # fmt: skip
-    return y, final_state, Saved(*chunks, inverse, transfer, reader, states, end) if keep else None
+    return y, final_state, Saved((inverse, transfer, reader, states, end), chunks) if keep else None
 
 
 def wkv7_backward(
@@ -364,30 +331,31 @@ def wkv7_backward(
     dk: Tensor | None = None,
     dv: Tensor | None = None,
 ) -> tuple[Tensor, ...]:
-    """Gradients of r, w, k, v, kk, iclr, in r's dtype, and of the initial state (S,H,N,N).
-
-    Where `dr`, `dk`, `dv` are given, they come added to these, in place.
-    """
-    H, N, C = *r.shape[2:], saved.inverse.shape[-1]
-    G, S, kind = len(saved.start), len(saved.first), product_kind(r.dtype)
-    dstates = torch.empty_like(saved.states)
+    """As `Raw.backward`: gradients in r's dtype."""
+    chunks: Table = saved.plan
+    inverse, transfer, reader, states, end = saved.tensors
+    H, N, C = *r.shape[2:], inverse.shape[-1]
+    G, S, kind = chunks.chunks, chunks.documents, product_kind(r.dtype)
+    dstates = torch.empty_like(states)
     dinitial = r.new_empty(S, H, N, N, dtype=torch.float32)
     part = _values(S * H)
     if dfinal is not None:
         dfinal = dfinal.float().contiguous()
-    start, length, first, count = saved[:4]
     _scan_back[N // part, H, S](
-        dfinal, first, count, start, length, saved.transfer, saved.reader, saved.end, dy, dstates, dinitial,
+        dfinal, chunks.first, chunks.counts, chunks.start, chunks.length, transfer, reader, end, dy, dstates, dinitial,
         H, N, C, part, kind, dfinal is not None, num_warps=4, num_stages=3,
     )  # fmt: skip
     given = (dr, None, dk, dv, None, None)
     grads = [torch.empty_like(r) if x is None else x for x in given]
     if G:
         _gradients[H, G](
-            r, w, k, v, kk, iclr, dy, saved.start, saved.length, saved.inverse, saved.states, dstates, *grads,
+            r, w, k, v, kk, iclr, dy, chunks.start, chunks.length, inverse, states, dstates, *grads,
             H, N, C, kind, dr is not None, num_warps=8,
         )  # fmt: skip
     return *grads, dinitial
+
+
+RAW = Raw(wkv7_forward, wkv7_backward)
 
 
 def _chunk(dtype: torch.dtype, head_size: int) -> int:
