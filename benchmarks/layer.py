@@ -8,14 +8,13 @@ what the kernels do: matrix products, the recurrence, everything else, and gaps 
 from __future__ import annotations
 
 import gc
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from measure import Call, arguments, describe, milliseconds, peak_mib, print_table, synchronise, write_json
+from measure import Call, arguments, describe, kernels, milliseconds, peak_mib, print_table, synchronise, write_json
 from random_model import SIZES, random_model
 from rwkv_peft.adapters import attach_adapter
 from rwkv_peft.config import AdapterConfig
@@ -52,19 +51,6 @@ def layer_call(case: str, B: int, T: int, D: int, rank: int, op: str, device: to
         return torch.autograd.grad(y, [x, v_first, *trained], dy)
 
     return call
-
-
-def kernels(call: Call, repeats: int) -> Counter[str]:
-    """Microseconds of each kernel in one call."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    found: Counter[str] = Counter()
-    for event in profile.events():
-        if event.device_type == torch.autograd.DeviceType.CUDA:
-            found[event.name] += event.time_range.elapsed_us() / repeats
-    return found
 
 
 def recurrence_kernels(B: int, T: int, D: int, op: str, device: torch.device) -> set[str]:

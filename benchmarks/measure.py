@@ -7,6 +7,7 @@ import json
 import platform
 import statistics
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -87,6 +88,19 @@ def replay_milliseconds(call: Call, device: torch.device, repeats: int) -> float
     took = milliseconds(graph.replay, device, repeats)
     del held, graph
     return took
+
+
+def kernels(call: Call, repeats: int) -> Counter[str]:
+    """Microseconds of each kernel in one call; on a GPU."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        for _ in range(repeats):
+            call()
+        torch.cuda.synchronize()
+    found: Counter[str] = Counter()
+    for event in profile.events():
+        if event.device_type == torch.autograd.DeviceType.CUDA:
+            found[event.name] += event.time_range.elapsed_us() / repeats
+    return found
 
 
 def peak_mib(call: Call, device: torch.device) -> float | None:

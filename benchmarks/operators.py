@@ -18,6 +18,7 @@ from measure import (
     arguments,
     describe,
     in_one_line,
+    kernels,
     milliseconds,
     peak_mib,
     print_table,
@@ -58,6 +59,11 @@ def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, arg
         if args.graph:
             row["forward graph"] = replay_milliseconds(forward, device, args.repeats)
             row["both graph"] = replay_milliseconds(both, device, args.repeats)
+        if args.kernels:
+            row["kernels"] = dict(kernels(both, args.repeats).most_common())
+            print(f"\n{name} {shape}, microseconds of each kernel")
+            for kernel, time in row["kernels"].items():
+                print(f"{time:8.1f}  {kernel[:100]}")
         if args.error_tokens >= T:
             row["errors"] = errors(name, version, inputs, dy)
             row["of"] = max(row["errors"], key=row["errors"].get)
@@ -94,6 +100,7 @@ def main() -> None:
     parser.add_argument("--dtype", choices=list(DTYPES))
     parser.add_argument("--repeats", type=int, default=20)
     parser.add_argument("--graph", action="store_true", help="measure CUDA graphs too")
+    parser.add_argument("--kernels", action="store_true", help="print how long each kernel takes")
     parser.add_argument("--error-tokens", type=int, default=4096, help="longest T whose error is measured")
     args = parser.parse_args()
     device, N = torch.device(args.device), args.head_size

@@ -231,9 +231,6 @@ template <int left> void wait() {
     }
 }
 
-inline void let_next_begin() {}
-inline void wait_for_last() {}
-
 inline float from_lane(float x, int lane) {
     float y;
     return memcpy(&y, emulation::exchange(&x, 4).x[lane % 32], 4), y;
@@ -265,6 +262,6 @@ int launch(void (*kernel)(Call), const Call &call, unsigned blocks, int threads,
     return cudaSuccess;
 }
 template <auto kernel, typename Call>
-int launch(const Call &call, unsigned blocks, int threads, int shared, int most, bool, cudaStream_t stream) {
+int launch(const Call &call, unsigned blocks, int threads, int shared, int most, cudaStream_t stream) {
     return shared > most ? 1 : launch(kernel, call, blocks, threads, shared, stream);
 }

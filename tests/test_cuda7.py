@@ -3,52 +3,31 @@
 from __future__ import annotations
 
 import ctypes
-import shutil
-import subprocess
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 
 import pytest
 import torch
 from torch import Tensor
 
+from emulation import ORDERS, compiled, emulate, needs_compiler
 from rwkv_peft.ops import cuda, reference
 from rwkv_peft.ops.cuda import chunked7
-from rwkv_peft.ops.cuda.build import SOURCES, find_nvcc
+from rwkv_peft.ops.cuda.build import find_nvcc
 from rwkv_peft.ops.raw import Saved
 from test_ops import make_inputs, make_state, results
 
 BF16, FP16 = torch.bfloat16, torch.float16
-EMULATION = Path(__file__).with_name("cuda_emulation.h")
-ORDERS = range(4)  # of threads and warps
 TOLERANCE = 5e-3
-
-needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++")
 
 
 @pytest.fixture(scope="module")
 def library(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    target = tmp_path_factory.mktemp("emulated") / "chunked7.so"
-    command = ["g++", "-O1", "-std=c++17", "-shared", "-fPIC", f'-DCUDA_EMULATION="{EMULATION}"', "-x", "c++"]
-    sources = [str(SOURCES / f"chunked7_{name}.cu") for name in ("forward", "backward")]
-    subprocess.run([*command, *sources, "-o", str(target)], check=True)
-    return ctypes.CDLL(str(target))
+    return compiled("chunked7", tmp_path_factory.mktemp("emulated"))
 
 
 @pytest.fixture
-def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """`chunked7` on the CPU, what it allocates poisoned."""
-
-    def run(name: str, call: chunked7.Call, kernels: int, device: torch.device) -> None:
-        assert getattr(library, name)(ctypes.byref(call), kernels, None) == 0
-
-    def poisoned(allocate: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        return lambda *args, **settings: allocate(*args, **settings).fill_(float("nan"))
-
-    monkeypatch.setattr(chunked7, "run", run)
-    monkeypatch.setattr(torch.Tensor, "new_empty", poisoned(torch.Tensor.new_empty))
-    monkeypatch.setattr(torch, "empty_like", poisoned(torch.empty_like))
-    yield
+def emulated(library: ctypes.CDLL, monkeypatch: pytest.MonkeyPatch) -> None:
+    emulate(chunked7, library, monkeypatch)
 
 
 def rounded(B: int, T: int, H: int, dtype: torch.dtype, w: float | None = None) -> list[Tensor]:

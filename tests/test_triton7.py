@@ -231,6 +231,12 @@ def test_a_second_backward_pass_gives_the_same() -> None:
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
+def test_second_derivatives_are_refused() -> None:
+    leaves = [x.requires_grad_() for x in to(FP32, make(1, 5, 1))]
+    with pytest.raises(RuntimeError, match="second derivatives; choose --op torch"):
+        torch.autograd.grad(triton7.wkv7(*leaves)[0].sum(), leaves, create_graph=True)
+
+
 def test_under_a_checkpoint() -> None:
     inputs = to(BF16, make(1, 70, 1))
     plain = results(triton7.wkv7, inputs)

@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
 
 class Saved(NamedTuple):
@@ -56,8 +55,9 @@ class _Recurrence(torch.autograd.Function):
         return y, final_state
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: Tensor | None, dfinal: Tensor | None) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():  # `once_differentiable` would say so later, and takes longer
+            raise RuntimeError("a recurrence of fast kernels has no second derivatives; choose --op torch")
         tensors, raw = ctx.saved_tensors, ctx.raw  # tensors once: a checkpoint hands them out once
         count = len(ctx.needs_input_grad) - 3
         initial_state, inputs, saved = tensors[0], tensors[1 : count + 1], Saved(tensors[count + 1 :], ctx.plan)

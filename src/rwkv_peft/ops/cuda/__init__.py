@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Sequence
-from functools import lru_cache, partial
+from functools import cache, lru_cache, partial
 from typing import Any
 
 import torch
@@ -114,6 +114,7 @@ def _on_tensor_cores(version: int, inputs: tuple[Tensor, ...]) -> bool:
     return has_tensor_cores(r.device, r.shape[3])
 
 
+@cache  # asked for at every call
 def has_tensor_cores(device: torch.device, head_size: int) -> bool:
     """Whether `chunked6` and `chunked7` know the heads, and the card has what they need."""
     return head_size == chunked7.HEAD_SIZE and torch.cuda.get_device_capability(device) >= (8, 0)

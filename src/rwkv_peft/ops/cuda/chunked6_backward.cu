@@ -144,7 +144,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, GRADIENT_BLOCKS
     close_group();
     fetch_rows(V, c.v, tokens, length, w);
     fetch_rows(DY, c.dy, tokens, length, w);
-    wait_for_last();
     fetch_rows(D, c.dstates, tile, N, w);
     close_group();
     const Block own = meet<T, true>(c, decays, length, head, R, K, READERS, WRITERS, totals, w);
@@ -321,8 +320,7 @@ template <typename T> int run(const Chunked6 &c, int kernels, cudaStream_t strea
     int error = cudaSuccess;
     if (kernels & SCAN_BACK) error = run_scan<T, true>(c, stream);
     if (kernels & GRADIENTS && !error)
-        error = launch<gradients6<T>>(
-            c, c.chunks * c.heads, THREADS, GRADIENT_BYTES, GRADIENT_BYTES, OVERLAP && kernels & SCAN_BACK, stream);
+        error = launch<gradients6<T>>(c, c.chunks * c.heads, THREADS, GRADIENT_BYTES, GRADIENT_BYTES, stream);
     return error;
 }
 

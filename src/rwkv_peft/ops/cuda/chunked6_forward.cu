@@ -18,7 +18,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 4) output6(cons
     fetch_rows(K, c.k, tokens, length, w);
     close_group();
     fetch_rows(V, c.v, tokens, length, w);
-    wait_for_last();
     fetch_rows(S, c.states, c.tile(chunk, start, head), N, w);
     close_group();
     const Block own = meet<T, false>(c, c.decays(start, head), length, head, R, K, R, K, totals, w);
@@ -49,8 +48,7 @@ template <typename T> int run(const Chunked6 &c, int kernels, cudaStream_t strea
     int error = cudaSuccess;
     if (kernels & SCAN) error = run_scan<T, false>(c, stream);
     if (kernels & OUTPUT && !error)
-        error = launch<output6<T>>(
-            c, c.chunks * c.heads, THREADS, OUTPUT_BYTES, OUTPUT_BYTES, OVERLAP && kernels & SCAN, stream);
+        error = launch<output6<T>>(c, c.chunks * c.heads, THREADS, OUTPUT_BYTES, OUTPUT_BYTES, stream);
     return error;
 }
 

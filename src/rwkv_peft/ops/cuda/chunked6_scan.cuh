@@ -4,9 +4,6 @@
 
 namespace {
 
-#ifndef OVERLAP
-#define OVERLAP false
-#endif
 constexpr int STAGES = 3;  // chunks that a scan has in shared memory
 constexpr int SCAN_BYTES = STAGES * (TILE + WARPS * (2048 + 4096));  // at most
 
@@ -77,7 +74,6 @@ template <typename T, bool back> __global__ void __launch_bounds__(THREADS) scan
     const int begin = count ? c.start[first] : 0, in_last = count ? c.length[first + count - 1] : 0;
     const void *values = back ? c.dy : c.v, *keys = back ? c.r : c.k;
     void *kept = back ? c.dstates : c.states;
-    let_next_begin();
     const Warp w(warp);
     const Address base = shared_address(shared_memory());
     const int strips = strip_bytes(c), stage_bytes = TILE + warps * strips;
@@ -169,7 +165,7 @@ template <typename T, bool back> __global__ void __launch_bounds__(THREADS) scan
 template <typename T, bool back> int run_scan(const Chunked6 &c, cudaStream_t stream) {
     const unsigned blocks = (unsigned)c.documents * c.heads * (4 / c.parts);
     const int shared = STAGES * (TILE + c.parts * strip_bytes(c));
-    return launch<scan6<T, back>>(c, blocks, 32 * c.parts, shared, SCAN_BYTES, false, stream);
+    return launch<scan6<T, back>>(c, blocks, 32 * c.parts, shared, SCAN_BYTES, stream);
 }
 
 }  // namespace

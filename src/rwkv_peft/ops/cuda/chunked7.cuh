@@ -15,20 +15,6 @@
 #pragma once
 #include "tiles.cuh"
 
-// Variants to be timed: -D sets another one.
-#ifndef LOCAL_BLOCKS
-#define LOCAL_BLOCKS 4  // of `local7` on a multiprocessor: 4 have 128 registers a thread, 3 have 168
-#endif
-#ifndef LOCAL_FINE
-#define LOCAL_FINE true  // see `add_solved`
-#endif
-#ifndef FINE
-#define FINE true  // the same in the backward
-#endif
-#ifndef OVERLAP
-#define OVERLAP false  // whether a pass's second kernel begins before its first has ended
-#endif
-
 // `chunked7.py` mirrors it. A tile (G,H,N,N) is bf16 where nothing else is said.
 struct Chunked7 {
     const void *r, *w, *k, *v, *kk, *iclr, *dy;      // (B,T,H,N)
@@ -111,8 +97,8 @@ __device__ inline Block transposed(int tile, int i, const Warp &w) {
 
 // x += X · pairs · values, or with `later` Xᵀ · pairs · values: the pairs, a tile in fp16, are then of tokens with later
 // ones. inverse: the warp's rows of X or Xᵀ less the identity, in fp16. The blocks on the other side of the diagonal are
-// nowhere looked at. With `fine` the product of X and the pairs goes on in two bf16 of 8 digits each.
-template <bool later, bool fine>
+// nowhere looked at. The product of X and the pairs goes on in two bf16 of 8 digits each.
+template <bool later>
 __device__ inline void add_solved(Rows &x, const Operand &inverse, int pairs, int values, const Warp &w) {
     const auto inside = [&](int block) { return later ? block >= w.own : block <= w.own; };
     Rows solved;
@@ -133,15 +119,11 @@ __device__ inline void add_solved(Rows &x, const Operand &inverse, int pairs, in
         if (!inside(j)) continue;
         float(&left)[4] = solved[2 * j], (&right)[4] = solved[2 * j + 1];
         const Block high = pack_block<Bf16>(left, right);
-        if (fine) {
-            float high_left[4], high_right[4];
-            unpack_block<Bf16>(high_left, high_right, high);
+        float high_left[4], high_right[4];
+        unpack_block<Bf16>(high_left, high_right, high);
 #pragma unroll
-            for (int e = 0; e < 4; e++) left[e] -= high_left[e], right[e] -= high_right[e];
-            add_products(x, x, high, pack_block<Bf16>(left, right), values, j, w);
-        } else {
-            add_product(x, high, values, j, w);
-        }
+        for (int e = 0; e < 4; e++) left[e] -= high_left[e], right[e] -= high_right[e];
+        add_products(x, x, high, pack_block<Bf16>(left, right), values, j, w);
     }
 }
 

@@ -14,7 +14,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) scan_back7(c
         close_group();
     };
     Rows dstate;
-    let_next_begin();
     q.load(dstate, c.d_final, w);
     for (int step = 0; step < STAGES - 1; step++) fetch(step);
     for (int step = 0; step < q.count; step++) {
@@ -134,7 +133,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     float(*totals)[N] = (float(*)[N])(shared_memory() + GRADIENT_TILES * TILE), (*ends)[N] = totals + WARPS;
     const int chunk = blockIdx.x / c.heads, head = blockIdx.x % c.heads;
     const int start = c.start[chunk], length = c.length[chunk];
-    if (length == 0) return wait_for_last();
+    if (length == 0) return;
     const Warp w((threadIdx.x / 32 + blockIdx.x) % WARPS);
     const Place tokens = c.tokens(start, head), tile = c.tile(chunk, start, head);
     fetch_rows(U, c.w, tokens, length, w);
@@ -163,7 +162,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
     sum_downwards(log_p, totals, w);
     __syncthreads();
     add_totals(log_p, totals, 0, w.own - 1, w);
-    wait_for_last();
     fetch_rows(D, c.dstates, tile, N, w);
     close_group();
     wait<2>();
@@ -199,13 +197,13 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
 #pragma unroll
     for (int i = 0; i < 4; i++)
         if (i <= w.own) add_product(x, as_bf16<Fp16>(a[i]), U, i, w);
-    add_solved<false, FINE>(x, a, AK, V, w);
+    add_solved<false>(x, a, AK, V, w);
 #pragma unroll
     for (int i = 0; i < 4; i++) {
         a[i] = transposed(X, i, w);
         if (i >= w.own) add_product(z, as_bf16<Fp16>(a[i]), Z, i, w);
     }
-    add_solved<true, FINE>(z, a, RB, DY, w);
+    add_solved<true>(z, a, RB, DY, w);
     __syncthreads();
     pack_rows<Bf16>(a, x);
     put_rows(U, a, w);
@@ -324,10 +322,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) gradients7(c
 template <typename T> int run(const Chunked7 &c, int kernels, cudaStream_t stream) {
     const Grid g(c);
     int error = cudaSuccess;
-    if (kernels & SCAN_BACK) error = launch<scan_back7<T>>(c, g.scans, g.threads, g.shared, SCAN_BYTES, false, stream);
+    if (kernels & SCAN_BACK) error = launch<scan_back7<T>>(c, g.scans, g.threads, g.shared, SCAN_BYTES, stream);
     if (kernels & GRADIENTS && !error)
-        error = launch<gradients7<T>>(
-            c, g.chunks, THREADS, GRADIENT_BYTES, GRADIENT_BYTES, OVERLAP && kernels & SCAN_BACK, stream);
+        error = launch<gradients7<T>>(c, g.chunks, THREADS, GRADIENT_BYTES, GRADIENT_BYTES, stream);
     return error;
 }
 

@@ -90,7 +90,7 @@ __device__ inline void inverse_rows(Operand &x, int tile, const Warp &w) {
 // --- the kernels
 
 // A block has one chunk of one head.
-template <typename T> __global__ void __launch_bounds__(THREADS, LOCAL_BLOCKS) local7(const Chunked7 c) {
+template <typename T> __global__ void __launch_bounds__(THREADS, 4) local7(const Chunked7 c) {
     // M: w, then A with the inverse on its diagonal, then the stage
     enum { M = 0, QA = TILE, GB = 2 * TILE, GK = 3 * TILE, V = 4 * TILE, QR = 5 * TILE, PAIRS = QR, W = QA, U = QR };
     static_assert(LOCAL_TILES * TILE == QR + TILE, "");
@@ -98,7 +98,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, LOCAL_BLOCKS) l
     float(*scratch)[20] = (float(*)[20])(totals[4]) + threadIdx.x / 32 * 16;
     const int chunk = blockIdx.x / c.heads, head = blockIdx.x % c.heads;
     const int start = c.start[chunk], length = c.length[chunk];
-    let_next_begin();
     if (length == 0) return;
     const Warp w((threadIdx.x / 32 + blockIdx.x) % WARPS);  // rows cost more the lower they are: other warps elsewhere
     const Place tokens = c.tokens(start, head), tile = c.tile(chunk, start, head);
@@ -155,7 +154,7 @@ template <typename T> __global__ void __launch_bounds__(THREADS, LOCAL_BLOCKS) l
     Operand inverse;
     inverse_rows(inverse, M, w);
     clear(u);
-    add_solved<false, LOCAL_FINE>(u, inverse, PAIRS, V, w);
+    add_solved<false>(u, inverse, PAIRS, V, w);
     pack_rows<Bf16>(a, u);
     get_rows<Bf16>(x, QA, w);
 #pragma unroll
@@ -206,7 +205,6 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) scan7(const 
     };
     Rows state;
     q.load(state, c.initial, w);
-    wait_for_last();
     for (int chunk = 0; chunk < STAGES - 1; chunk++) fetch(chunk);
     for (int chunk = 0; chunk < q.count; chunk++) {
         wait<STAGES - 2>();
@@ -260,9 +258,9 @@ template <typename T> __global__ void __launch_bounds__(THREADS, 2) scan7(const 
 template <typename T> int run(const Chunked7 &c, int kernels, cudaStream_t stream) {
     const Grid g(c);
     int error = cudaSuccess;
-    if (kernels & LOCAL) error = launch<local7<T>>(c, g.chunks, THREADS, LOCAL_BYTES, LOCAL_BYTES, false, stream);
+    if (kernels & LOCAL) error = launch<local7<T>>(c, g.chunks, THREADS, LOCAL_BYTES, LOCAL_BYTES, stream);
     if (kernels & SCAN && !error)
-        error = launch<scan7<T>>(c, g.scans, g.threads, g.shared, SCAN_BYTES, OVERLAP && kernels & LOCAL, stream);
+        error = launch<scan7<T>>(c, g.scans, g.threads, g.shared, SCAN_BYTES, stream);
     return error;
 }
 

@@ -50,7 +50,7 @@ def run(name: str, call: Structure, number: int, device: torch.device) -> None:
 
     `number` is the head size; of `chunked6` and `chunked7` it says which kernels.
     """
-    if torch.cuda.current_device() != device.index:
+    if torch._C._cuda_getDevice() != device.index:
         with torch.cuda.device(device):
             return run(name, call, number, device)
     library, stream = load(device), torch._C._cuda_getCurrentRawStream(device.index)

@@ -117,39 +117,15 @@ template <int left> __device__ inline void wait() {
     ON_TENSOR_CORES(asm volatile("cp.async.wait_group %0;" ::"n"(left) : "memory"));
 }
 
-// Of kernels that `launch` lets overlap: lets the next one's blocks begin where there is room; waits until the one before
-// has ended, before which nothing that it writes may be read, nor anything that it reads be written.
-__device__ inline void let_next_begin() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.launch_dependents;");
-#endif
-}
-__device__ inline void wait_for_last() {
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
-    asm volatile("griddepcontrol.wait;" ::: "memory");
-#endif
-}
-
 __device__ inline float from_above(float x, int lanes) { return __shfl_up_sync(~0u, x, lanes); }
 __device__ inline float from_below(float x, int lanes) { return __shfl_down_sync(~0u, x, lanes); }
 __device__ inline float from_lane(float x, int lane) { return __shfl_sync(~0u, x, lane); }
 __device__ inline float from_other(float x, int bits) { return __shfl_xor_sync(~0u, x, bits); }
 
-// Blocks of `threads` with `shared` bytes; returns a cudaError_t.
-template <typename Call>
-inline int launch(void (*kernel)(Call), const Call &call, unsigned blocks, int threads, int shared, cudaStream_t stream) {
-    if (blocks == 0) return cudaSuccess;
-    cudaError_t error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, shared);
-    if (!error) error = cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, 100);
-    if (error != cudaSuccess) return error;
-    kernel<<<blocks, threads, shared, stream>>>(call);
-    return cudaGetLastError();
-}
-
-// The same; `most` is the most shared memory that this kernel is ever given, which is asked for only once on each of the
-// first 64 devices. With `overlap` it may begin before the kernel before it has ended: see `wait_for_last`.
+// Blocks of `threads` with `shared` bytes; returns a cudaError_t. `most` is the most shared memory that this kernel is
+// ever given, which is asked for only once on each of the first 64 devices.
 template <auto kernel, typename Call>
-inline int launch(const Call &call, unsigned blocks, int threads, int shared, int most, bool overlap, cudaStream_t stream) {
+inline int launch(const Call &call, unsigned blocks, int threads, int shared, int most, cudaStream_t stream) {
     static std::atomic<unsigned long long> known{0};
     if (blocks == 0) return cudaSuccess;
     int device = 0;
@@ -161,15 +137,8 @@ inline int launch(const Call &call, unsigned blocks, int threads, int shared, in
         if (!error) known |= bit;
     }
     if (error != cudaSuccess) return error;
-    cudaLaunchAttribute attribute = {};
-    attribute.id = cudaLaunchAttributeProgrammaticStreamSerialization;
-    attribute.val.programmaticStreamSerializationAllowed = 1;
-    cudaLaunchConfig_t config = {};
-    config.gridDim = blocks, config.blockDim = threads, config.dynamicSmemBytes = shared, config.stream = stream;
-#if defined(__CUDA_ARCH_LIST__) && __CUDA_ARCH_LIST__ >= 900
-    config.attrs = &attribute, config.numAttrs = overlap;
-#endif
-    return cudaLaunchKernelEx(&config, kernel, call);
+    kernel<<<blocks, threads, shared, stream>>>(call);
+    return cudaGetLastError();
 }
 
 #endif
