@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 MIB, GIB = 2**20, 2**30
+WARM_UP = 0.25  # seconds
 Row = Mapping[str, Any]
 Call = Callable[[], object]
 
@@ -46,10 +47,16 @@ def synchronise(device: torch.device) -> None:
 
 
 def milliseconds(call: Call, device: torch.device, repeats: int) -> float:
-    """The median of `repeats` calls, after two; on a GPU as it is busy, so a call that waits for the CPU counts too."""
-    for _ in range(2):
+    """The median of at least `repeats` calls, after two; of short ones a quarter of a second of each.
+
+    On a GPU from the end of one to the end of the next, so a call that waits for the CPU counts too.
+    """
+    began, calls = time.perf_counter(), 0
+    while calls < 2 or time.perf_counter() - began < WARM_UP:
         call()
-    synchronise(device)
+        synchronise(device)
+        calls += 1
+    repeats = max(repeats, calls)
     if device.type != "cuda":
         return 1e3 * statistics.median(seconds(call) for _ in range(repeats))
     events = [torch.cuda.Event(enable_timing=True) for _ in range(repeats + 1)]

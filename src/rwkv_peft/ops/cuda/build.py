@@ -10,6 +10,7 @@ import hashlib
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 from ...errors import ConfigError
@@ -69,7 +70,8 @@ def _sources(pattern: str) -> list[Path]:
 
 
 def _compile(nvcc: str, architecture: str, target: Path) -> None:
-    """Only under the lock; what a killed builder left is removed."""
+    """Only under the lock; what a killed builder left is removed. Says so, as it takes half a minute."""
+    print(f"compiling CUDA kernels for {architecture}; they are kept in {target.parent}", file=sys.stderr, flush=True)
     for left in target.parent.glob(f"{target.stem}.*.tmp"):
         left.unlink(missing_ok=True)
     made = target.with_suffix(f".{os.getpid()}.tmp")
