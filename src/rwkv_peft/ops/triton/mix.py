@@ -108,7 +108,7 @@ class _NormMix(torch.autograd.Function):
             *(x, mean, rstd, weight, bias, before, where.starts, where.ends, tuple(vectors)),
             *(_contiguous(dtotal), _contiguous(dlast), tuple(_contiguous(d) for d in dmixed)),
             *(dx, dbefore, norm_sums, mix_sums, tokens, run),
-            **{"D": D, "BLOCK": block, **_resources(block, len(vectors) if any(summed) else 0)},
+            **{"COUNT": len(vectors), "D": D, "BLOCK": block, **_resources(block, len(vectors) if any(summed) else 0)},
         )
         dweight, dbias = (None, None) if norm_sums is None else norm_sums.sum(0).to(weight.dtype)
         dadded = dx if needs[1] else None

@@ -56,7 +56,7 @@ def norm_mix_forward(
         at = t * D + columns
         if total_ptr is not None:
             tl.store(total_ptr + at, row, mask=columns < D)
-        for i in tl.static_range(len(vectors)):
+        for i in tl.static_range(len(mixed)):
             if vectors[i] is None:
                 tl.store(mixed[i] + at, n, mask=columns < D)
             else:
@@ -87,10 +87,10 @@ def _plus(sums, i: tl.constexpr, more):
 
 
 @triton.jit
-def _flow_back(vectors, dmixed, t, wanted, columns, D: tl.constexpr, BLOCK: tl.constexpr):
+def _flow_back(vectors, dmixed, t, wanted, columns, COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr):
     """What flows from token t's mixes to the token before it."""
     flow = tl.zeros((BLOCK,), tl.float32)
-    for i in tl.static_range(len(vectors)):
+    for i in tl.static_range(COUNT):
         if vectors[i] is not None and dmixed[i] is not None:
             flow += _row_or_zero(dmixed[i], t, wanted, columns, D) * _vector(vectors[i], columns, D)
     return flow
@@ -100,14 +100,14 @@ def _flow_back(vectors, dmixed, t, wanted, columns, D: tl.constexpr, BLOCK: tl.c
 def norm_mix_backward(  # noqa: PLR0912
     x_ptr, mean_ptr, rstd_ptr, weight_ptr, bias_ptr, before_ptr, starts_ptr, ends_ptr, vectors,
     dtotal_ptr, dlast_ptr, dmixed, dx_ptr, dbefore_ptr, norm_sums_ptr, mix_sums_ptr, tokens, run,
-    D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
+    COUNT: tl.constexpr, D: tl.constexpr, BLOCK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     begin, columns = tl.program_id(0).to(tl.int64) * run, tl.arange(0, BLOCK)
     end = min(begin + run, tokens)
     weight, bias = _vector(weight_ptr, columns, D), _vector(bias_ptr, columns, D)
     inside = end < tokens
     flows = inside & (tl.load(starts_ptr + end, mask=inside, other=0) < 0)
-    flow = _flow_back(vectors, dmixed, end, flows, columns, D, BLOCK)
+    flow = _flow_back(vectors, dmixed, end, flows, columns, COUNT, D, BLOCK)
     xhat = _restored(x_ptr, mean_ptr, rstd_ptr, end - 1, columns, D)
     zeros = tl.zeros((BLOCK,), tl.float32)
     sums, dweight, dbias = (zeros, zeros, zeros, zeros, zeros, zeros), zeros, zeros
@@ -121,7 +121,7 @@ def norm_mix_backward(  # noqa: PLR0912
         if mix_sums_ptr is not None:
             before = _row_or_zero(before_ptr, starting, starting >= 0, columns, D)
             delta = tl.where(starting >= 0, before, xhat_before * weight + bias) - (xhat * weight + bias)
-        for i in tl.static_range(len(vectors)):
+        for i in tl.static_range(COUNT):
             if dmixed[i] is not None:
                 d = tl.load(dmixed[i] + at, mask=columns < D, other=0.0).to(tl.float32)
                 dn += d
@@ -152,8 +152,8 @@ def norm_mix_backward(  # noqa: PLR0912
         tl.store(place, dweight, mask=columns < D)
         tl.store(place + D, dbias, mask=columns < D)
     if mix_sums_ptr is not None:
-        place = mix_sums_ptr + tl.program_id(0) * (len(vectors) * D) + columns
-        for i in tl.static_range(len(vectors)):
+        place = mix_sums_ptr + tl.program_id(0) * (COUNT * D) + columns
+        for i in tl.static_range(COUNT):
             tl.store(place + i * D, sums[i], mask=columns < D)
 
 
