@@ -1,0 +1,66 @@
+"""Compile the Triton kernels that a model's training launches for an H100, which needs no GPU: `… x060 bf16`.
+
+Layers run on the CPU with kernels that are compiled but not launched: what they leave in memory means nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+os.environ["TRITON_INTERPRET"] = "0"  # before Triton is imported
+
+import torch
+from triton.backends.compiler import GPUTarget
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
+
+import rwkv_peft as rp
+from conftest import random_model, random_tokens
+from rwkv_peft.models.layers import Documents
+from rwkv_peft.ops import BACKENDS
+from rwkv_peft.ops.triton import activations
+
+
+class Hopper:
+    """What the compiler asks of a driver."""
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int | None = None) -> int:
+        return 0
+
+
+def main(version: str, precision: str) -> None:
+    compiled: set[str] = set()
+    run = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        compiled.add(self.fn.__name__)
+        return run(self, *args, grid=grid, warmup=True, **options)
+
+    JITFunction.run = compile_only
+    driver.set_active(Hopper())
+    activations.INTERPRETED = True  # so that tensors of the CPU fit
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "m.pth")
+        torch.save(random_model(version, layers=3, width=256, head_size=64), path)
+        model = rp.load_model(path, precision, "cpu", op="torch")
+    model.op = BACKENDS["triton"]
+    rp.attach_adapter(model, rp.AdapterConfig(rank=8), ("time", "ln", "state"))
+    documents = Documents(random_tokens(257, 1, 300), torch.tensor([0, 70, 70, 300]))
+    model.hidden_of(documents).sum().backward()
+    with torch.no_grad():  # layers in turn, their states handed on
+        model(random_tokens(257, 2, 40))
+    print(*sorted(compiled))
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
