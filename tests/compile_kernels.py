@@ -23,6 +23,7 @@ from conftest import random_model, random_tokens
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import BACKENDS
 from rwkv_peft.ops.triton import activations
+from rwkv_peft.ops.triton.loss import cross_entropy
 
 
 class Hopper:
@@ -59,6 +60,8 @@ def main(version: str, precision: str) -> None:
     model.hidden_of(documents).sum().backward()
     with torch.no_grad():  # layers in turn, their states handed on
         model(random_tokens(257, 2, 40))
+    logits = torch.randn(8, 257, dtype=model.like.dtype)
+    cross_entropy(logits, torch.arange(8), 1e-4, torch.empty(8, 2), logits)
     print(*sorted(compiled))
 
 

@@ -1,4 +1,8 @@
-"""Kernels of `mix.py`."""
+"""Kernels of `mix.py`.
+
+A vector or gradient that is not there is None in its tuple. Triton 3.6 cannot tell the length of such a tuple, so it is
+given as COUNT.
+"""
 
 import triton
 import triton.language as tl
