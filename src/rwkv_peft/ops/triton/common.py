@@ -27,3 +27,14 @@ def dot(a, b, KIND: tl.constexpr):
         return tl.dot(a.to(tl.bfloat16), b.to(tl.bfloat16))
     else:
         return tl.dot(a.to(tl.bfloat16).to(tl.float32), b.to(tl.bfloat16).to(tl.float32))
+
+
+@triton.jit
+def dot_unrounded(a, b, KIND: tl.constexpr):
+    """As `dot`, with b rounded to bf16 and of a what bf16 leaves out too, at the price of a second product."""
+    if KIND == 0:
+        return dot(a, b, KIND)
+    elif KIND == 1:
+        return dot(a, b, KIND) + dot(a - a.to(tl.bfloat16).to(tl.float32), b, KIND)
+    else:
+        return tl.dot(a.to(tl.float32), b.to(tl.bfloat16).to(tl.float32))

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from .common import dot
+from .common import dot, dot_unrounded
 
 
 @triton.jit
@@ -189,11 +189,13 @@ def gradients(
     dend = tl.sum(scaled * S.to(tl.float32), 0)  # of the logarithm of the chunk's decay
     D = scaled.to(low)
 
-    a_k = tl.where(row > col, dot(q_a, tl.trans(g_k), KIND), 0.0).to(low)
-    U = dot(q_a, tl.trans(S), KIND) + dot(a_k, v, KIND)
+    # Three factors are not rounded, which takes the errors of kk and iclr from 5.2e-3 to 4.9e-3.
+    a_k = tl.where(row > col, dot(q_a, tl.trans(g_k), KIND), 0.0)
+    U = dot(q_a, tl.trans(S), KIND) + dot_unrounded(a_k, v, KIND)
+    a_k = a_k.to(low)
     U = (U + dot(X, U, KIND)).to(low)
-    r_b = tl.where(row >= col, dot(q_r, tl.trans(g_b), KIND), 0.0).to(low)
-    dX = dot(tl.trans(r_b), dy, KIND) + dot(g_b, tl.trans(D), KIND)
+    r_b = tl.where(row >= col, dot(q_r, tl.trans(g_b), KIND), 0.0)
+    dX = dot_unrounded(tl.trans(r_b), dy, KIND) + dot(g_b, tl.trans(D), KIND)
     dX = (dX + dot(tl.trans(X), dX, KIND)).to(low)
     r_k = tl.where(row >= col, dot(q_r, tl.trans(g_k), KIND), 0.0).to(low)
     dv = dot(tl.trans(r_k), dy, KIND) + dot(g_k, tl.trans(D), KIND) + dot(tl.trans(a_k), dX, KIND)
@@ -203,9 +205,9 @@ def gradients(
 
     # Gradients of the pairs. With the same rounded factors for reader and writer, what a pair adds to `change` cancels
     # outside of the span between the two tokens.
-    r_b = tl.where(row >= col, dot(dy, tl.trans(U), KIND), 0.0).to(low)
+    r_b = tl.where(row >= col, dot(dy, tl.trans(U), KIND), 0.0)
     r_k = tl.where(row >= col, dot(dy, tl.trans(v), KIND), 0.0).to(low)
-    dq = dot(dy, S, KIND) + dot(r_b, g_b, KIND) + dot(r_k, g_k, KIND)
+    dq = dot(dy, S, KIND) + dot_unrounded(r_b, g_b, KIND) + dot(r_k, g_k, KIND)
     change = q_r.to(tl.float32) * dq
     dr = dq * tl.exp(log_p)
     if ADD:
@@ -228,7 +230,7 @@ def gradients(
     da = dq * tl.exp(log_p - log_decay)
     dg = dot(U, D, KIND)
     dend += tl.sum(dg * g_b.to(tl.float32), 0)
-    dg += dot(tl.trans(a_b), q_a, KIND) + dot(tl.trans(r_b), q_r, KIND)
+    dg += dot(tl.trans(a_b), q_a, KIND) + dot_unrounded(tl.trans(r_b), q_r, KIND)
     change += before - g_b.to(tl.float32) * dg
     db = dg * tl.exp(-log_p)
     suffix = tl.sum(change, 0)[None, :] - tl.cumsum(change, axis=0) + change
