@@ -1,8 +1,9 @@
 """The recurrence of a version on every backend: `python benchmarks/operators.py --version 7 --shapes 8,4096,32`.
 
 For each shape (B,T,H) and backend: milliseconds forward (which keeps what the backward pass needs) and forward with
-backward, launched one by one and as a CUDA graph; MiB allocated at most beyond the inputs; and the largest relative L2
-error of y and of the gradients, against the float64 recurrence on the same inputs. Inputs are random, spread as in
+backward, launched one by one and as a CUDA graph, and one by one without autograd's own thread, as training does; MiB
+allocated at most beyond the inputs; and the largest relative L2 error of y and of the gradients, against the float64
+recurrence on the same inputs. Inputs are random, spread as in
 trained models; the head size is 64. Peers that are installed (`fla`) are backends like the others.
 """
 
@@ -33,7 +34,19 @@ SHAPES = {
     "cpu": ["1,512,4"],
 }
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-COLUMNS = ["shape", "backend", "forward", "both", "forward graph", "both graph", "MiB", "error", "of", "failed"]
+COLUMNS = [
+    "shape",
+    "backend",
+    "forward",
+    "both",
+    "one thread",
+    "forward graph",
+    "both graph",
+    "MiB",
+    "error",
+    "of",
+    "failed",
+]
 
 
 def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, args: Any) -> dict[str, Any]:
@@ -55,6 +68,8 @@ def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, arg
     try:
         row["forward"] = milliseconds(forward, device, args.repeats)
         row["both"] = milliseconds(both, device, args.repeats)
+        with torch.autograd.set_multithreading_enabled(False):
+            row["one thread"] = milliseconds(both, device, args.repeats)
         row["MiB"] = peak_mib(both, device)
         if args.graph:
             row["forward graph"] = replay_milliseconds(forward, device, args.repeats)

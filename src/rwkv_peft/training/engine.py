@@ -23,7 +23,8 @@ class SingleProcess:
 
     def backward(self, loss: Tensor) -> None:
         """Add this loss's gradient; one call for each micro-batch."""
-        loss.backward()  # type: ignore[no-untyped-call]
+        with torch.autograd.set_multithreading_enabled(False):  # with one device, another thread only has to be woken
+            loss.backward()  # type: ignore[no-untyped-call]
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them), and return the norm they had."""

@@ -9,7 +9,7 @@ Axes: B rows, T tokens, H heads, N head size, S documents, G chunks.
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int, c_void_p
+from ctypes import c_int, c_void_p
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from ..chunks import Table, table
 from ..raw import Raw, Saved, recurrence
 from .chunked7 import CHUNK, aligned, parts
 from .library import DTYPES as NUMBERED
-from .library import run
+from .library import Pointers, run
 
 SCAN, OUTPUT, SCAN_BACK, GRADIENTS = 1, 2, 4, 8  # the kernels, as `Kernel` of chunked6.cuh numbers them
 TENSORS = (
@@ -29,15 +29,10 @@ TENSORS = (
 NUMBERS = ("heads", "chunks", "documents", "parts", "in_place", "fp16", "w_dtype", "one_decay")
 
 
-class Call(Structure):
+class Call(Pointers):
     """`Chunked6` of chunked6.cuh, field by field; shapes are told there."""
 
     _fields_ = (*((name, c_void_p) for name in TENSORS), *((name, c_int) for name in NUMBERS))
-
-    def give(self, **tensors: Tensor | None) -> None:
-        """Sets the fields of these names; the tensors must outlive the call."""
-        for name, x in tensors.items():
-            setattr(self, name, None if x is None else x.data_ptr())
 
 
 def wkv5(

@@ -9,7 +9,7 @@ Axes: B rows, T tokens, H heads, N head size, S documents, G chunks.
 
 from __future__ import annotations
 
-from ctypes import Structure, c_int, c_void_p
+from ctypes import c_int, c_void_p
 from functools import lru_cache
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..chunks import Table, table
 from ..raw import Raw, Saved, recurrence
-from .library import run
+from .library import Pointers, run
 
 CHUNK = HEAD_SIZE = 64
 DTYPES = (torch.bfloat16, torch.float16)
@@ -31,15 +31,10 @@ TENSORS = (
 NUMBERS = ("heads", "chunks", "documents", "parts", "in_place", "add", "keep", "fp16", "w_fp16")
 
 
-class Call(Structure):
+class Call(Pointers):
     """`Chunked7` of chunked7.cuh, field by field; shapes are told there."""
 
     _fields_ = (*((name, c_void_p) for name in TENSORS), *((name, c_int) for name in NUMBERS))
-
-    def give(self, **tensors: Tensor | None) -> None:
-        """Sets the fields of these names; the tensors must outlive the call."""
-        for name, x in tensors.items():
-            setattr(self, name, None if x is None else x.data_ptr())
 
 
 class Plan(NamedTuple):

@@ -20,6 +20,15 @@ NUMBERS = ("tokens", "heads", "documents", "parts", "one_decay")
 NO_NVCC = "nvcc was not found; install the CUDA toolkit"
 
 
+class Pointers(Structure):
+    """The arguments of a launch; a field that holds a tensor has its address, or null."""
+
+    def give(self, **tensors: Tensor | None) -> None:
+        """Sets the fields of these names; the tensors must outlive the call."""
+        for name, x in tensors.items():
+            setattr(self, name, None if x is None else x.data_ptr())
+
+
 class Array(Structure):
     """A tensor of any of `DTYPES`; null if there is none."""
 
