@@ -615,6 +615,7 @@ def test_absurd_settings_in_a_folder(name: str, content: str, load: Callable[...
 
 FUSED = {
     "lora": AdapterConfig("lora", 4, 6.5),
+    "dora": AdapterConfig("lora", 4, 6.5, dora=True),
     "pissa": AdapterConfig("pissa", 4, 6.5),
     "bone": AdapterConfig("bone", 6),
     "bone, no divisor": AdapterConfig("bone", 7),
@@ -655,8 +656,9 @@ def test_fewer_passes_give_the_formula(config: AdapterConfig, dtype: torch.dtype
         assert torch.equal(layer(x), got)
 
 
-@pytest.mark.parametrize("config", FUSED.values(), ids=FUSED)
+@pytest.mark.parametrize("config", [c for c in FUSED.values() if not c.dora], ids=[n for n in FUSED if n != "dora"])
 def test_gradients_of_fewer_passes_by_differences(config: AdapterConfig) -> None:
+    """Not DoRA's, whose backward takes the lengths as constant."""
     layer = frozen_layer(config, torch.float64).double()
     names, values = zip(*layer.trained().items(), strict=True)
     x = torch.randn(4, 24, dtype=torch.float64, requires_grad=True)
@@ -681,9 +683,9 @@ def refuse(*args: Any) -> Tensor:
     raise AssertionError("the formula was wanted")
 
 
-@pytest.mark.parametrize("case", ["bias", "trains", "dtype", "class", "hook", "dropout", "dora", "beside"])
+@pytest.mark.parametrize("case", ["bias", "trains", "dtype", "class", "hook", "dropout", "beside"])
 def test_the_formula_where_the_base_or_the_settings_need_it(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    config = AdapterConfig("lora", 4, dropout=0.1 * (case == "dropout"), dora=case == "dora")
+    config = AdapterConfig("lora", 4, dropout=0.1 * (case == "dropout"))
     layer = frozen_layer(config, torch.float32, bias=case == "bias")
     base = layer.base
     if case == "trains":

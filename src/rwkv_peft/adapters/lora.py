@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from ..config import AdapterConfig
 from ..errors import ConfigError
-from ..ops.linear import low_rank_linear
+from ..ops.linear import add_product, low_rank_linear
 from .base import AdaptedLinear
 
 STARTS = ("gaussian", "orthogonal")  # init_lora_weights, if it is no bool, that leave the base as it is
@@ -64,9 +64,14 @@ class LoraLinear(AdaptedLinear):
         return (ratio - 1).to(x.dtype) * product + ratio.to(x.dtype) * added
 
     def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        if self.config.dora or (self.config.dropout and self.training):
+        if self.config.dropout and self.training:
             return None
-        return low_rank_linear(x, weight, self.lora_A.weight, self.lora_B.weight, self.config.scale, self.start)
+        y = low_rank_linear(x, weight, self.lora_A.weight, self.lora_B.weight, self.config.scale, self.start)
+        if not self.config.dora:
+            return y
+        ratio = self.lora_magnitude_vector / self.row_lengths()
+        scaled: Tensor = y.addcmul(y, (ratio - 1).to(x.dtype))  # as in `delta`
+        return scaled
 
     @property
     def start(self) -> tuple[Tensor, Tensor] | None:
@@ -75,10 +80,12 @@ class LoraLinear(AdaptedLinear):
 
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
-        """|W + scale · B A| of each row (out,), without making that matrix."""
-        a, b = self.lora_A.weight, self.lora_B.weight
-        W, scale = self.base.weight.to(a.dtype), self.config.scale
-        squares = W.square().sum(1) + 2 * scale * ((W @ a.T) * b).sum(1) + scale**2 * ((b @ (a @ a.T)) * b).sum(1)
+        """|W + scale · B A| of each row (out,), without making that matrix; reads W twice, in its own dtype."""
+        a, b, W, scale = self.lora_A.weight, self.lora_B.weight, self.base.weight, self.config.scale
+        products = torch.empty_like(b)
+        add_product(products, W, a.T.to(W.dtype), keep=False)  # W Aᵀ
+        squares = torch.linalg.vector_norm(W, dim=1, dtype=b.dtype).square()
+        squares += scale * (b * products.mul_(2).addmm_(b, a @ a.T, alpha=scale)).sum(1)
         return squares.clamp(min=TINY).sqrt()
 
     @staticmethod
