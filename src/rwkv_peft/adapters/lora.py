@@ -70,8 +70,7 @@ class LoraLinear(AdaptedLinear):
         if not self.config.dora:
             return y
         ratio = self.lora_magnitude_vector / self.row_lengths()
-        scaled: Tensor = y.addcmul(y, (ratio - 1).to(x.dtype))  # as in `delta`
-        return scaled
+        return y.addcmul(y, (ratio - 1).to(x.dtype))  # as in `delta`
 
     @property
     def start(self) -> tuple[Tensor, Tensor] | None:
@@ -84,7 +83,7 @@ class LoraLinear(AdaptedLinear):
         a, b, W, scale = self.lora_A.weight, self.lora_B.weight, self.base.weight, self.config.scale
         products = torch.empty_like(b)
         add_product(products, W, a.T.to(W.dtype), keep=False)  # W Aᵀ
-        squares = torch.linalg.vector_norm(W, dim=1, dtype=b.dtype).square()
+        squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=b.dtype).square()
         squares += scale * (b * products.mul_(2).addmm_(b, a @ a.T, alpha=scale)).sum(1)
         return squares.clamp(min=TINY).sqrt()
 
