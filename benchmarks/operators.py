@@ -3,7 +3,7 @@
 For each shape (B,T,H) and backend: milliseconds forward (which keeps what the backward pass needs) and forward with
 backward, launched one by one and as a CUDA graph, and one by one without autograd's own thread, as training does; MiB
 allocated at most beyond the inputs; and the largest relative L2 error of y and of the gradients, against the float64
-recurrence on the same inputs. Inputs are random, spread as in
+recurrence on the same inputs. `nothing` is an autograd function that computes nothing. Inputs are random, spread as in
 trained models; the head size is 64. Peers that are installed (`fla`) are backends like the others.
 """
 
@@ -33,20 +33,24 @@ SHAPES = {
     "cuda": ["8,4096,32", "1,1024,12", "8,1024,32", "2,4096,64", "4,4096,40", "1,16384,40"],
     "cpu": ["1,512,4"],
 }
+NOTHING = "nothing"
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 COLUMNS = [
-    "shape",
-    "backend",
-    "forward",
-    "both",
-    "one thread",
-    "forward graph",
-    "both graph",
-    "MiB",
-    "error",
-    "of",
-    "failed",
-]
+    "shape", "backend", "forward", "both", "one thread", "forward graph", "both graph", "MiB", "error", "of", "failed",
+]  # fmt: skip
+
+
+class Nothing(torch.autograd.Function):
+    """Takes and gives what an operator does and computes nothing: what autograd itself costs."""
+
+    @staticmethod
+    def forward(ctx: Any, *inputs: Tensor) -> Tensor:
+        ctx.save_for_backward(*inputs)
+        return torch.empty_like(inputs[0])
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, ...]:
+        return tuple(torch.empty_like(x) for x in ctx.saved_tensors)
 
 
 def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, args: Any) -> dict[str, Any]:
@@ -55,13 +59,13 @@ def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, arg
     B, T, H = map(int, shape.split(","))
     inputs = [x.to(dtype).requires_grad_() for x in random_inputs(version, B, T, H, N, device)]
     dy = torch.randn(B, T, H, N, device=device, dtype=dtype)
-    wkv = wkv_of(name, version)
+    wkv = None if name == NOTHING else wkv_of(name, version)
 
     def forward() -> Tensor:
-        return wkv(*inputs)[0]
+        return Nothing.apply(*inputs) if wkv is None else wkv(*inputs)[0]
 
     def both() -> tuple[Tensor, ...]:
-        y = wkv(*inputs)[0]
+        y = forward()
         return y, *torch.autograd.grad(y, inputs, dy)
 
     row: dict[str, Any] = {"version": version, "shape": shape, "backend": name, "dtype": args.dtype}
@@ -79,7 +83,7 @@ def measure(name: str, version: int, shape: str, N: int, dtype: torch.dtype, arg
             print(f"\n{name} {shape}, microseconds of each kernel")
             for kernel, time in row["kernels"].items():
                 print(f"{time:8.1f}  {kernel[:100]}")
-        if args.error_tokens >= T:
+        if wkv is not None and args.error_tokens >= T:
             row["errors"] = errors(name, version, inputs, dy)
             row["of"] = max(row["errors"], key=row["errors"].get)
             row["error"] = row["errors"][row["of"]]
@@ -124,7 +128,7 @@ def main() -> None:
     rows = []
     print(f"RWKV-{args.version} operator, head size {N}, {args.dtype}, milliseconds; {describe(device)}", flush=True)
     for shape in args.shapes or SHAPES[device.type]:
-        for name in args.backends or usual:
+        for name in [NOTHING, *(args.backends or usual)]:
             rows.append(measure(name, args.version, shape, N, DTYPES[args.dtype], args))
             gc.collect()
             if device.type == "cuda":

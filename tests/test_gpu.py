@@ -23,6 +23,7 @@ from conftest import difference, random_rwkv7, random_tokens
 from rwkv_peft.checkpoint import read_tensors
 from rwkv_peft.data.batches import Batch, beside
 from rwkv_peft.data.masking import Encoded
+from rwkv_peft.doctor import selftest
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.ops import BACKENDS, choose_backend, cuda, reference
 from rwkv_peft.training.engine import SingleProcess
@@ -79,6 +80,18 @@ def test_operator_with_documents(version: int, name: str, bounds: list[int]) -> 
 @versions
 def test_operator_in_bf16(version: int, name: str, T: int) -> None:
     assert_near_in_bf16(version, name, T)
+
+
+@pytest.mark.parametrize("name", ["triton", "cuda"])
+@versions
+def test_bf16_in_a_long_row(version: int, name: str) -> None:
+    if reason := BACKENDS[name].supports(torch.device("cuda"), 64):
+        pytest.skip(f"{name}: {reason}")
+    inputs = [x.bfloat16() for x in selftest.random_inputs(version, 1, 4095, 1, 64, torch.device("cuda"))]
+    dy = [torch.randn(1, 4095, 1, 64, device="cuda").bfloat16()]
+    got = selftest.results(selftest.wkv_of(name, version), inputs, None, dy)
+    want = selftest.results(REFERENCE[version], [x.double() for x in inputs], None, [dy[0].double()])
+    assert max(selftest.relative_error(a, b) for a, b in zip(got, want, strict=True)) <= 5e-3
 
 
 @pytest.mark.skipif(BACKENDS["fla"].supports(torch.device("cuda"), 64) is not None, reason="fla is not installed")

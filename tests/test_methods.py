@@ -526,6 +526,19 @@ def test_dora_is_its_formula() -> None:
     torch.testing.assert_close(layer.merged(layer.base.weight, layer.to_file(), layer.config), want.detach())
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_doras_lengths_of_a_base_in_any_precision(dtype: torch.dtype) -> None:
+    """Within a hundredth of what training has changed, which is itself a small part of them."""
+    layer = adapted_layer(AdapterConfig("lora", 4, 6, dora=True))
+    disturb(layer)
+    layer.base.to(dtype)
+    W, a, b = (x.double() for x in (layer.base.weight, layer.lora_A.weight, layer.lora_B.weight))
+    want = (W + 6 / 4 * b @ a).norm(dim=1)
+    changed = (want - W.norm(dim=1)).abs().mean()
+    assert changed > 1e-3 * want.mean()
+    assert (layer.row_lengths() - want).abs().max() <= (1e-6 * want.max() if dtype == torch.float32 else 0.01 * changed)
+
+
 # --- what does not fit
 
 

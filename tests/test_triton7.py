@@ -18,6 +18,10 @@ from torch.utils.checkpoint import checkpoint
 from rwkv_peft.ops import chunks, reference
 
 triton7 = pytest.importorskip("rwkv_peft.ops.triton.wkv7", reason="the package triton is not installed")
+import triton  # noqa: E402
+import triton.language as tl  # noqa: E402
+
+from rwkv_peft.ops.triton.common import dot, dot_unrounded, product_kind  # noqa: E402
 
 INTERPRETED = not torch.cuda.is_available()  # conftest.py sees to it
 DEVICE = torch.device("cpu" if INTERPRETED else "cuda")
@@ -296,3 +300,23 @@ def test_a_table_made_on_the_device_follows_its_offsets(monkeypatch: pytest.Monk
     offsets[1] = 30
     assert chunks.table(offsets, 1, 100, 64, torch.device("cpu")) is not first
     assert calls == [[0, 70, 100], [0, 30, 100]]
+
+
+@triton.jit
+def products(a, b, rounded, unrounded, KIND: tl.constexpr):
+    at = tl.arange(0, 16)[:, None] * 16 + tl.arange(0, 16)[None, :]
+    x, y = tl.load(a + at), tl.load(b + at)
+    tl.store(rounded + at, dot(x, y, KIND))
+    tl.store(unrounded + at, dot_unrounded(x, y, KIND))
+
+
+@pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
+def test_a_factor_that_keeps_what_bf16_leaves_out(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    a, b = torch.randn(2, 16, 16, device=DEVICE)
+    b = b.bfloat16().float()
+    rounded, unrounded = torch.empty_like(a), torch.empty_like(a)
+    products[(1,)](a, b, rounded, unrounded, product_kind(dtype))
+    want = a.double() @ b.double()
+    assert relative(unrounded, want.cpu()) <= 2e-5
+    assert (relative(rounded, want.cpu()) <= 2e-5) == (dtype == FP32)
