@@ -189,7 +189,7 @@ def gradients(
     dend = tl.sum(scaled * S.to(tl.float32), 0)  # of the logarithm of the chunk's decay
     D = scaled.to(low)
 
-    # Three factors are not rounded, which takes the errors of kk and iclr from 5.2e-3 to 4.9e-3.
+    # Three factors are not rounded, which takes the errors of kk and iclr from 5.1e-3 to 4.8e-3 (4095 tokens).
     a_k = tl.where(row > col, dot(q_a, tl.trans(g_k), KIND), 0.0)
     U = dot(q_a, tl.trans(S), KIND) + dot_unrounded(a_k, v, KIND)
     a_k = a_k.to(low)
