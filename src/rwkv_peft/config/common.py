@@ -9,6 +9,7 @@ from ..errors import ConfigError
 
 Dtype = Literal["fp32", "bf16", "fp16"]
 Op = Literal["auto", "triton", "cuda", "fla", "torch", "reference"]
+Quant = Literal["none", "int8", "nf4", "fp4", "fp8"]
 OnBadLine = Literal["stop", "skip"]
 Overlong = Literal["split", "truncate", "drop"]
 TokenizerName = Literal["auto", "world", "byte"]

@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 from ..errors import ConfigError
 from .adapter import FOREIGN, MEANT_FOR, METHODS, AdapterConfig, check_method, check_part, method_name, read_peft_config
-from .common import ADVANCED, Op, at_least, flag_of, words
+from .common import ADVANCED, Op, Quant, at_least, flag_of, words
 from .data import MICRO_BATCH, DataConfig
 
 LR, LR_FULL, LR_STATE = 2e-4, 2e-5, 0.1  # peak learning rates where none is given
@@ -86,7 +86,9 @@ class TrainConfig(DataConfig, _Run):
     wsd_decay: Annotated[float, ADVANCED] = 0.2
     """Share of the steps over which wsd falls, from 0 to 1."""
     optim: Literal["adamw", "adamw8bit", "paged-adamw", "paged-adamw8bit", "adafactor", "muon"] = "adamw"
-    """Optimiser."""
+    """Optimiser; 8bit keeps its averages in 8 bits, paged keeps them in the CPU's memory."""
+    master_weights: Annotated[Literal["fp32", "bf16"], ADVANCED] = "fp32"
+    """Number format in which what trains is kept; bf16 is rounded stochastically, and takes half, gradients too."""
     weight_decay: Annotated[float, ADVANCED] = 0.0
     """Decay of the weights at each step, on matrices only."""
     weight_decay_final: Annotated[float | None, ADVANCED] = None
@@ -101,6 +103,12 @@ class TrainConfig(DataConfig, _Run):
     """Strength of RWKV's pull of the largest logit to 0; 0 switches it off."""
     precision: Literal["auto", "fp32", "bf16"] = "auto"
     """Arithmetic of the matrices. [bf16 on a GPU, fp32 on a CPU]"""
+    quant: Quant = "none"
+    """Keep the frozen matrices in 8 or 4 bits: fp8 is the fastest on cards that have it, nf4 the smallest."""
+    quant_head: Annotated[bool, ADVANCED] = False
+    """The head too."""
+    embedding: Annotated[Literal["auto", "cpu", "gpu"], ADVANCED] = "auto"
+    """Memory that holds the embedding. [the CPU's where it does not train]"""
     grad_checkpoint: Literal["auto", "none", "operator", "selective", "block"] = "auto"
     """Recompute in the backward pass: nothing, the recurrence, the time-mix around it, or whole layers: slower, less
     memory. [as much as the GPU's memory asks for; none on a CPU]"""
