@@ -13,7 +13,7 @@ import rwkv_peft
 PACKAGE = Path(rwkv_peft.__file__).parent
 
 FOR_ALL = {"config", "errors", "files", "packages", "__version__"}  # and a room may always import itself
-READERS = {"checkpoint", "models", "ops", "adapters", "quant", "data", "loading"}
+READERS = {"checkpoint", "models", "ops", "packed", "adapters", "data", "loading"}
 MAY_IMPORT = {
     "config": set(),
     "errors": set(),
@@ -23,10 +23,10 @@ MAY_IMPORT = {
     "ops": set(),
     "models": {"ops"},
     "checkpoint": set(),
-    "quant": set(),
+    "packed": {"checkpoint", "ops"},
     "data": set(),
-    "adapters": {"checkpoint", "quant", "models", "ops"},
-    "loading": {"checkpoint", "models", "ops", "quant", "adapters"},
+    "adapters": {"checkpoint", "packed", "models", "ops"},
+    "loading": {"checkpoint", "models", "ops", "packed", "adapters"},
     "training": READERS | {"yaml_config"},
     "inference": READERS | {"export"},
     "chat_repl": READERS | {"inference"},
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "plan": READERS,
     "demo": {"training", "inference", "export", "data", "loading", "yaml_config"},
     "web": {"training", "inference", "export", "plan"},
-    "legacy": {"yaml_config", "checkpoint", "loading"},
+    "legacy": {"yaml_config", "packed", "loading"},
     "doctor": {"ops", "loading"},
     "commands": {
         "training",

@@ -15,8 +15,8 @@ from rwkv_peft.adapters.lora import LoraLinear
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.models import Rwkv
 from rwkv_peft.ops import loss as module
-from rwkv_peft.ops.linear import Linear, dense_weight
 from rwkv_peft.ops.loss import chunks_of, next_token_loss, plain_cross_entropy
+from rwkv_peft.ops.matrix import Linear, dense_weight
 
 on_gpu = torch.cuda.is_available()
 device = "cuda" if on_gpu else "cpu"

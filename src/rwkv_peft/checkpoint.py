@@ -1,4 +1,4 @@
-"""Model files ↔ tensors under their official names. Nothing in a file is ever executed."""
+"""Files ↔ tensors under their official names. Nothing in a file is ever executed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from .errors import CheckpointError, OutputError
 from .files import write_atomic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
 SUFFIXES = (".pth", ".safetensors")
 
 
@@ -31,15 +32,33 @@ def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Ten
             raise CheckpointError(
                 f"{path}: entry {name!r} is a {type(tensor).__name__}; a model file holds only named tensors"
             )
-        if not (tensor.is_floating_point() or (whole_numbers and not tensor.is_complex())):
-            raise CheckpointError(
-                f"{path}: tensor {name} is {tensor.dtype}; allowed are float types; get the unquantised file"
-            )
+        if tensor.is_complex() or not (tensor.is_floating_point() or whole_numbers):
+            raise not_float(path, name, tensor)
     return tensors
 
 
-def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
-    """Write named tensors as `.pth` or `.safetensors`, by the path's ending, atomically. Raises OutputError."""
+def not_float(path: Path | str, name: str, tensor: Tensor) -> CheckpointError:
+    """The error of a tensor that should hold floating-point numbers."""
+    return CheckpointError(
+        f"{path}: tensor {name} is {tensor.dtype}; allowed are float types; get the unquantised file"
+    )
+
+
+def read_metadata(path: Path | str) -> dict[str, str]:
+    """What a `.safetensors` file says of itself beside its tensors; empty for a `.pth`. Call `read_tensors` first."""
+    if Path(path).suffix != ".safetensors":
+        return {}
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        return dict(file.metadata() or {})
+
+
+def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+    """Write named tensors as `.pth` or `.safetensors`, by the path's ending, atomically. Raises OutputError.
+
+    Only a `.safetensors` file can hold `metadata`.
+    """
     path = Path(path)
     check_suffix(path)
     # a view would drag its whole storage into a .pth, and is refused by safetensors
@@ -54,7 +73,7 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
             else:
                 from safetensors.torch import save_file
 
-                save_file(plain, temporary)
+                save_file(plain, temporary, dict(metadata) if metadata else None)
         except Exception as error:  # both writers raise their own types where the disk fails
             raise OutputError(
                 f"{path}: cannot be written ({first_line(error)}); make room, or write elsewhere"
@@ -81,17 +100,32 @@ def check_finite(path: Path | str, name: str, tensor: Tensor) -> None:
         raise CheckpointError(f"{path}: tensor {name} holds {bad} NaN or Inf of {tensor.numel()}; get the file again")
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """A name for these weights that file form does not change, nor whether they are bf16 or fp32: 16 hex digits.
+class Fingerprint:
+    """A name for weights that file form does not change, nor whether they are bf16 or fp32: 16 hex digits.
 
     Taken from the names, the shapes and 64 values of each tensor, rounded to bf16.
     """
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        flat = tensors[name].detach().reshape(-1)
+
+    def __init__(self) -> None:
+        self.samples: dict[str, bytes] = {}
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Take a tensor in."""
+        flat = tensor.detach().reshape(-1)
         sample = flat[:: max(1, len(flat) // 64)][:64].to(torch.bfloat16).float().cpu()
-        digest.update(f"{name}{tuple(tensors[name].shape)}".encode() + sample.numpy().tobytes())
-    return digest.hexdigest()[:16]
+        self.samples[name] = f"{name}{tuple(tensor.shape)}".encode() + sample.numpy().tobytes()
+
+    def digits(self) -> str:
+        """The name of all that was added, in whatever order."""
+        return hashlib.sha256(b"".join(self.samples[name] for name in sorted(self.samples))).hexdigest()[:16]
+
+
+def fingerprint(tensors: Mapping[str, Tensor]) -> str:
+    """The `Fingerprint` of these weights."""
+    found = Fingerprint()
+    for name, tensor in tensors.items():
+        found.add(name, tensor)
+    return found.digits()
 
 
 def first_line(error: BaseException) -> str:

@@ -10,6 +10,7 @@ from .config import (
     ChatConfig,
     DemoConfig,
     DoctorConfig,
+    ExportConfig,
     GenerateConfig,
     InspectConfig,
     MergeConfig,
@@ -68,9 +69,15 @@ def merge(config: MergeConfig) -> None:
     """Merge, and say where the file is."""
     from .export.merge import merge
 
-    print(
-        merge(config.base, config.adapter, config.out, config.dtype, config.overwrite, config.alpha, config.pissa_init)
-    )
+    c = config
+    print(merge(c.base, c.adapter, c.out, c.dtype, c.overwrite, c.alpha, c.pissa_init, c.onto))
+
+
+def export(config: ExportConfig) -> None:
+    """Quantise a model file, and say where the result is."""
+    from .export.quantised import export_quantised
+
+    print(export_quantised(config.model, config.out, config.quant, config.quant_head, config.overwrite))
 
 
 def generate(config: GenerateConfig) -> None:
@@ -118,6 +125,9 @@ COMMANDS = {
         if_memory_ends="try fewer --jobs",
     ),
     "merge": Command("add an adapter to its base: BASE ADAPTER OUT", MergeConfig, merge, ("base", "adapter", "out")),
+    "export": Command(
+        "write a model with its matrices in 8 or 4 bits: MODEL OUT", ExportConfig, export, ("model", "out")
+    ),
     "generate": Command("continue a prompt", GenerateConfig, generate),
     "chat": Command("talk with a model", ChatConfig, chat),
     "doctor": Command(

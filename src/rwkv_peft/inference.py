@@ -13,7 +13,7 @@ from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .errors import RwkvPeftError
 from .export.states import check_state, load_state
-from .loading import load_model
+from .loading import find_device, load_model
 from .models import ModelState, Rwkv
 
 
@@ -143,7 +143,9 @@ def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Gener
 def open_session(config: InferenceConfig) -> Session:
     """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
     config.sampling.check()
-    model = load_model(config.model, config.dtype, config.device, config.op)
+    place = find_device(config.device)
+    embedding = "cpu" if place.type == "cuda" else "gpu"
+    model = load_model(config.model, config.dtype, config.device, config.op, config.quant, config.quant_head, embedding)
     adapters = read_adapters(config.adapter, config.alpha, config.pissa_init)
     for path, saved in zip(config.adapter, adapters, strict=True):
         attach_saved(model, saved, path)

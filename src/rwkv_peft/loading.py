@@ -10,14 +10,25 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.state_tuning import add_shift, add_state
-from .checkpoint import DTYPES, check_finite, fingerprint, read_tensors
+from .checkpoint import DTYPES, Fingerprint, check_finite, read_metadata
 from .errors import CheckpointError, ConfigError
 from .models import STATES, Rwkv, Sizes, find_version
 from .ops import choose_backend
+from .ops.matrix import Linear
+from .ops.quant import QUANTS, quantize
+from .packed import FINGERPRINT, Entry, Packed, read_model
+
+EMBEDDING = "emb.weight"
 
 
 def load_model(
-    path: Path | str, dtype: str = "fp32", device: str = "cpu", op: str = "auto", quant: str = "none"
+    path: Path | str,
+    dtype: str = "fp32",
+    device: str = "cpu",
+    op: str = "auto",
+    quant: str = "none",
+    quant_head: bool = False,
+    embedding: str = "gpu",
 ) -> Rwkv:
     """The model in a `.pth` or `.safetensors` file, in eval mode; it begins in the learned state that the file holds.
 
@@ -25,35 +36,96 @@ def load_model(
         dtype: `fp32`, `bf16` or `fp16`, for weights and activations; `auto` is bf16 on a GPU and fp32 on a CPU.
         device: `cpu`, `cuda`, `cuda:N`, or `auto`.
         op: backend of the recurrence, a key of `ops.BACKENDS`, or `auto`.
-        quant: `none`; other forms are not there yet.
+        quant: how the layers' matrices are stored, a key of `ops.quant.QUANTS`, or `none`; `quant_head`: the head too.
+            A file that holds them quantised is loaded as it is.
+        embedding: `cpu` keeps it in the CPU's memory, from where a GPU fetches the rows that it needs; `gpu` puts it
+            beside the other weights.
 
-    Raises CheckpointError if the file is no whole model of a known version, ConfigError for the other arguments.
+    Weights are read, cast, quantised and placed a layer at a time. Raises CheckpointError if the file is no whole model
+    of a known version, ConfigError for the other arguments.
     """
-    if quant != "none":
-        raise ConfigError(f"--quant {quant}: only none is there yet; leave it out")
     place = find_device(device)
     number = find_dtype(dtype, place)
-    tensors = read_tensors(path)
-    kind, sizes = check_model(path, tensors)
-    model = _without_values(kind, sizes, tensors)
-    backend = choose_backend(op, place, sizes.head_size)
-    for name in [n for n, _ in model.named_parameters()]:
-        check_finite(path, name, tensors[name])
-        kept = torch.float32 if name.endswith(STATES) else number
-        # a copy, since the file behind a mapped tensor may change
-        value = tensors[name].to(place, kept, copy=True, memory_format=torch.contiguous_format)
-        set_parameter(model, name, value)
+    entries = read_model(path)
+    kind, sizes = check_model(path, entries)
+    model = without_values(kind, sizes, entries)
+    model.op = choose_backend(op, place, sizes.head_size)
+    quant, quantised = find_quantised(path, model, entries, quant, quant_head)
+    fingerprint = Fingerprint()
+    for names in layers_of(entries):
+        entries = read_model(path)  # mapped anew, so that what was read before leaves this process's memory
+        for name in names:
+            entry = entries[name]
+            if isinstance(entry, Packed):
+                set_module(model, name, entry.layer(number, place))
+                continue
+            fingerprint.add(name, entry)
+            if name in kind.unused:
+                continue
+            value = entry.to("cpu" if name == EMBEDDING and embedding == "cpu" else place)
+            check_finite(path, name, value)
+            if name in quantised:
+                set_module(model, name, quantize(value, quant, number))
+            else:
+                set_parameter(model, name, as_kept(value, torch.float32 if name.endswith(STATES) else number, place))
     model.like = torch.empty(0, dtype=number, device=place)
-    model.op, model.fingerprint, model.source = backend, fingerprint(tensors), Path(path).name
+    model.source, model.path, model.quant = Path(path).name, Path(path), quant
+    model.fingerprint = read_metadata(path).get(FINGERPRINT) or fingerprint.digits()
     return model.eval()
+
+
+def find_quantised(
+    path: Path | str, model: Rwkv, entries: Mapping[str, Entry], quant: str, quant_head: bool
+) -> tuple[str, set[str]]:
+    """The format of the model's matrices, and the names of those that are to be quantised.
+
+    Raises ConfigError if that is unknown, or the file holds them in another.
+    """
+    if quant not in ("none", *QUANTS):
+        raise ConfigError(f"--quant {quant}: unknown; allowed are none {' '.join(QUANTS)}")
+    own = {entry.quant for entry in entries.values() if isinstance(entry, Packed)}
+    if own and quant not in ("none", *own):
+        raise ConfigError(
+            f"--quant {quant}: {path} holds {' '.join(own)} already; leave it out, or name the dense file"
+        )
+    quant = min(own, default=quant)
+    if quant == "none":
+        if quant_head:
+            raise ConfigError("--quant-head: only with --quant; add one, or leave it out")
+        return quant, set()
+    matrices = {
+        f"{name}.weight" for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, Linear)
+    }
+    matrices |= {"head.weight"} if quant_head else set()
+    return quant, {name for name in matrices if not isinstance(entries[name], Packed)}
+
+
+def layers_of(names: Iterable[str]) -> list[list[str]]:
+    """The names of a model's tensors, those of a layer together."""
+    found: dict[str, list[str]] = {}
+    for name in names:
+        first, _, rest = name.partition(".")
+        found.setdefault(f"{first}.{rest.partition('.')[0]}" if first == "blocks" else first, []).append(name)
+    return list(found.values())
+
+
+def as_kept(value: Tensor, dtype: torch.dtype, place: torch.device) -> Tensor:
+    """A tensor as the model keeps it. What stays on the CPU beside a GPU is pinned, so that this can read it.
+
+    It is a copy on the CPU, since the file behind a mapped tensor may change.
+    """
+    if value.device.type == place.type == "cpu":
+        return value.to(dtype, copy=True, memory_format=torch.contiguous_format)
+    value = value.to(dtype).contiguous()
+    return value if value.device.type == place.type else value.pin_memory()
 
 
 def read_sizes(path: Path | str) -> Sizes:
     """The sizes of the model in a file, from its header alone. Raises CheckpointError as `load_model` does."""
-    return check_model(path, read_tensors(path))[1]
+    return check_model(path, read_model(path))[1]
 
 
-def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[Rwkv], Sizes]:
+def check_model(path: Path | str, tensors: Mapping[str, Entry]) -> tuple[type[Rwkv], Sizes]:
     """The class and the sizes of the model that `tensors` are.
 
     Raises CheckpointError if they are of another architecture, or if one is missing, left over or misshapen.
@@ -62,7 +134,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     try:
         kind = find_version(shapes)
         sizes = kind.sizes_of(shapes)
-        model = _without_values(kind, sizes, shapes)
+        model = without_values(kind, sizes, shapes)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, shape in expected.items():
             if name not in shapes:
@@ -82,7 +154,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     return kind, sizes
 
 
-def _without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str]) -> Rwkv:
+def without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str]) -> Rwkv:
     """The model on the meta device, with a learned initial state if one of `names` is of one."""
     with torch.device("meta"):
         model = kind(sizes)
@@ -127,3 +199,9 @@ def set_parameter(model: nn.Module, name: str, value: Tensor) -> None:
     """Replace a parameter by its dotted name."""
     owner, _, leaf = name.rpartition(".")
     setattr(model.get_submodule(owner), leaf, nn.Parameter(value))
+
+
+def set_module(model: nn.Module, weight: str, layer: nn.Module) -> None:
+    """Replace a matrix by the dotted name of its weight."""
+    owner, _, leaf = weight.removesuffix(".weight").rpartition(".")
+    setattr(model.get_submodule(owner), leaf, layer)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import contextmanager
 from typing import TypeVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..config import FOREIGN, AdapterConfig, check_part, words
 from ..errors import ConfigError
+from ..ops.matrix import QuantizedLinear
+from ..packed import read_model
 from . import foreign
 from .base import AdaptedLinear
 from .disha import BatLinear, BoneLinear
@@ -41,19 +43,35 @@ def attach_adapter(model: Model, config: AdapterConfig, train_parts: Iterable[st
     own = targets if config.peft in ADAPTERS else []
     check_apart({f"{target}.weight" for target in own}, names)
     for name in own:
-        outputs, inputs = model.get_parameter(f"{name}.weight").shape
-        ADAPTERS[config.peft].check(config, inputs, outputs)
+        matrix = model.get_submodule(name)
+        ADAPTERS[config.peft].check(config, matrix.in_features, matrix.out_features)  # type: ignore[arg-type]
     if config.peft.startswith(FOREIGN):
         foreign.attach(model, config, targets, names)
     add_parts(model, parts)
     names += [name for part in parts if part in LEARNED for name in part_names(model, part)]
     freeze(model)
-    for layer in wrap(model, config, own):
-        layer.reset()
+    for name, layer in zip(own, wrap(model, config, own), strict=True):
+        layer.reset(original_weight(model, name) if isinstance(layer.base, QuantizedLinear) else None)
     make_trainable(model, [*names, *foreign.parameters(model)])
     model.adapter_config = config  # type: ignore[assignment]
     model.adapter_count = 1  # type: ignore[assignment]
     return model
+
+
+def original_weight(model: nn.Module, name: str) -> Callable[[], Tensor]:
+    """Reads the weight of a matrix that is quantised here from the model's file.
+
+    That raises ConfigError if the file holds it quantised too.
+    """
+
+    def read() -> Tensor:
+        path = getattr(model, "path", None)
+        entry = read_model(path)[f"{name}.weight"] if path else None
+        if not isinstance(entry, Tensor):
+            raise ConfigError(f"--peft pissa: starts from dense matrices, which {path} has not; name the dense file")
+        return entry
+
+    return read
 
 
 def check_apart(adapted: Collection[str], names: Iterable[str]) -> None:

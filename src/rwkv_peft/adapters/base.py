@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ..config import AdapterConfig
-from ..ops.linear import frozen_weight
+from ..errors import ConfigError
+from ..ops.matrix import Matrix, QuantizedLinear, frozen_matrix
 from .saved import GENERAL
 
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # the tensors tell as much
@@ -57,24 +58,36 @@ class AdaptedLinear(nn.Module, ABC):
     def check(config: AdapterConfig, in_features: int, out_features: int) -> None:
         """Raise ConfigError if these settings do not fit a matrix (out, in)."""
 
+    @property
+    def number(self) -> torch.dtype:
+        """The dtype that the base is computed with."""
+        return self.base.dtype if isinstance(self.base, QuantizedLinear) else self.base.weight.dtype
+
+    def dense(self) -> Tensor:
+        """The base's weight (out, in) as it is computed with."""
+        return self.base.dense() if isinstance(self.base, QuantizedLinear) else self.base.weight.detach()
+
     @abstractmethod
-    def reset(self) -> None:
-        """Give the trained tensors the values that they start from."""
+    def reset(self, original: Callable[[], Tensor] | None = None) -> None:
+        """Give the trained tensors the values that they start from.
+
+        `original` gives the weight (out, in) as it was before it was quantised, where it was.
+        """
 
     @abstractmethod
     def delta(self, x: Tensor, product: Tensor) -> Tensor:
         """What the adapter adds to the base's `product` (…, out) of x (…, in)."""
 
-    def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
-        """All of `by_formula` in the fewest passes, of a frozen dense `weight`; None where these settings need it."""
+    def fused(self, x: Tensor, matrix: Matrix) -> Tensor | None:
+        """All of `by_formula` in the fewest passes, for a frozen base; None where these settings need the formula."""
         return None
 
     def forward(self, x: Tensor) -> Tensor:
         if self._unmerged:
             merged: Tensor = self.base(x)
             return merged
-        weight = None if len(self.others) else frozen_weight(self.base, x)
-        total = None if weight is None else self.fused(x, weight)
+        matrix = None if len(self.others) else frozen_matrix(self.base, x)
+        total = None if matrix is None else self.fused(x, matrix)
         return self.by_formula(x) if total is None else total
 
     def by_formula(self, x: Tensor) -> Tensor:
@@ -87,9 +100,11 @@ class AdaptedLinear(nn.Module, ABC):
 
     def merge(self) -> None:
         """Add every adapter of the matrix to its weight; the weight as it was is kept for `unmerge`."""
-        weight = self.base.weight
         if self._unmerged:
             return
+        if isinstance(self.base, QuantizedLinear):
+            raise ConfigError(f"merge_adapter: the base is {self.base.quant}; load it with quant='none'")
+        weight = self.base.weight
         self._unmerged = (weight.data,)
         merged = self.merged(weight.data, self.to_file(), self.config)
         for other in self.others:

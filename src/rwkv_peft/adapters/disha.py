@@ -6,7 +6,7 @@ and once through W.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..errors import ConfigError
 from ..ops.linear import bat_linear, bone_linear
+from ..ops.matrix import Matrix
 from .base import AdaptedLinear
 
 
@@ -36,7 +37,7 @@ class BoneLinear(AdaptedLinear):
         if config.rank > in_features:
             raise ConfigError(f"--rank {config.rank}: bone needs at most {in_features}, the inputs of a matrix")
 
-    def reset(self) -> None:
+    def reset(self, original: Callable[[], Tensor] | None = None) -> None:
         nn.init.zeros_(self.miss_block)
 
     def delta(self, x: Tensor, product: Tensor) -> Tensor:
@@ -45,8 +46,8 @@ class BoneLinear(AdaptedLinear):
         shards = padded.view(*x.shape[:-1], -1, rank)  # (…, in/rank, rank)
         return F.linear(shards.sum(-2), self.miss_block.to(x.dtype).T)
 
-    def fused(self, x: Tensor, weight: Tensor) -> Tensor:
-        return bone_linear(x, weight, self.miss_block)
+    def fused(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return bone_linear(x, matrix, self.miss_block)
 
     @staticmethod
     def merged(weight: Tensor, tensors: Mapping[str, Tensor], config: AdapterConfig) -> Tensor:
@@ -92,11 +93,11 @@ class BatLinear(AdaptedLinear):
                 f"{in_features}; try {best}"
             )
 
-    def reset(self) -> None:
+    def reset(self, original: Callable[[], Tensor] | None = None) -> None:
         nn.init.zeros_(self.bat_block)
 
-    def fused(self, x: Tensor, weight: Tensor) -> Tensor:
-        return bat_linear(x, weight, self.bat_block)
+    def fused(self, x: Tensor, matrix: Matrix) -> Tensor:
+        return bat_linear(x, matrix, self.bat_block)
 
     def by_formula(self, x: Tensor) -> Tensor:
         if len(self.others):

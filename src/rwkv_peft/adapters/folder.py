@@ -17,16 +17,17 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from ..checkpoint import write_tensors
+from ..checkpoint import NAMES, write_tensors
 from ..config import FOREIGN, AdapterConfig, ChatForm
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..files import write_folder, write_text
 from ..models import STATES, Rwkv
+from ..ops.matrix import QuantizedLinear
 from . import foreign
 from .attach import ADAPTERS, adapted, is_merged, unmerged, wrap
 from .base import AdaptedLinear
 from .reading import FORMAT, check_fit, read_adapter
-from .saved import SavedAdapter, file_name
+from .saved import Base, SavedAdapter, file_name
 from .trainable import add_parts, freeze, make_trainable
 
 FILES = ("adapter_config.json", "adapter_model.safetensors", "parts.safetensors", "state.pth", "rwkv_peft.json")
@@ -65,6 +66,9 @@ def _save(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
         "format": FORMAT, "peft": config.peft, "base": getattr(model, "fingerprint", ""), "parts": sorted(parts),
         "state": sorted(states),
     }  # fmt: skip
+    if isinstance(model, Rwkv) and model.quant != "none":
+        head = isinstance(model.head, QuantizedLinear) or isinstance(getattr(model.head, "base", None), QuantizedLinear)
+        ours["against"] = asdict(Base(model.quant, head, NAMES[model.dtype]))
     form = getattr(model, "form", ChatForm())
     if form != ChatForm():
         ours["form"] = asdict(form)
@@ -108,7 +112,7 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
         raise ConfigError(f"{path}: an adapter of PEFT's must be the only one; merge the others first")
     if saved.base and model.fingerprint and model.fingerprint != saved.base:
         raise CheckpointError(f"{path}: was trained on a base with other weights than {model.source}; load that base")
-    check_fit(path, saved, {name: tuple(p.shape) for name, p in model.named_parameters()}, model.sizes)
+    check_fit(path, saved, model.shapes(), model.sizes)
     if is_first:
         freeze(model)
     if config.peft.startswith(FOREIGN):

@@ -6,7 +6,7 @@ Sources: LoRA arXiv 2106.09685, rank stabilisation 2312.03732, DoRA 2402.09353, 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from ..config import AdapterConfig
 from ..errors import ConfigError
 from ..ops.linear import add_product, low_rank_linear
+from ..ops.matrix import Matrix
 from .base import AdaptedLinear
 
 STARTS = ("gaussian", "orthogonal")  # init_lora_weights, if it is no bool, that leave the base as it is
@@ -45,7 +46,7 @@ class LoraLinear(AdaptedLinear):
         if config.dora:
             self.lora_magnitude_vector = nn.Parameter(torch.empty(base.out_features, **like))
 
-    def reset(self) -> None:
+    def reset(self, original: Callable[[], Tensor] | None = None) -> None:
         nn.init.kaiming_uniform_(self.lora_A.weight, a=math.sqrt(5))
         nn.init.zeros_(self.lora_B.weight)
         if self.config.dora:
@@ -63,10 +64,10 @@ class LoraLinear(AdaptedLinear):
         # what is left of 1 is small, and must be taken in float32
         return (ratio - 1).to(x.dtype) * product + ratio.to(x.dtype) * added
 
-    def fused(self, x: Tensor, weight: Tensor) -> Tensor | None:
+    def fused(self, x: Tensor, matrix: Matrix) -> Tensor | None:
         if self.config.dropout and self.training:
             return None
-        y = low_rank_linear(x, weight, self.lora_A.weight, self.lora_B.weight, self.config.scale, self.start)
+        y = low_rank_linear(x, matrix, self.lora_A.weight, self.lora_B.weight, self.config.scale, self.start)
         if not self.config.dora:
             return y
         ratio = self.lora_magnitude_vector / self.row_lengths()
@@ -80,7 +81,7 @@ class LoraLinear(AdaptedLinear):
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
         """|W + scale · B A| of each row (out,), without making that matrix; reads W twice, in its own dtype."""
-        a, b, W, scale = self.lora_A.weight, self.lora_B.weight, self.base.weight, self.config.scale
+        a, b, W, scale = self.lora_A.weight, self.lora_B.weight, self.dense(), self.config.scale
         products = torch.empty_like(b)
         add_product(products, W, a.T.to(W.dtype), keep=False)  # W Aᵀ
         squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=b.dtype).square()
@@ -128,7 +129,8 @@ class LoraLinear(AdaptedLinear):
 class PissaLinear(LoraLinear):
     """y = (W - scale · B0 A0) x + scale · B A x, where A and B start as A0 and B0: the largest singular values of W.
 
-    The frozen A0 and B0 are kept in the precision of the base, and W is left as it is. In a folder it is a plain LoRA
+    The frozen A0 and B0 are kept in the precision of the base, and W is left as it is; where it is quantised, they come
+    from the weight before. In a folder it is a plain LoRA
     of twice the rank, [A; A0] and [B, -B0]: any program that knows LoRA loads it on the original base.
     """
 
@@ -138,9 +140,9 @@ class PissaLinear(LoraLinear):
 
     def __init__(self, base: nn.Linear, config: AdapterConfig, beside: bool = False) -> None:
         super().__init__(base, config, beside)
-        rank, like = config.rank, base.weight
-        self.register_buffer("start_a", like.new_empty(rank, base.in_features), persistent=False)
-        self.register_buffer("start_b", like.new_empty(base.out_features, rank), persistent=False)
+        like: dict[str, Any] = {"device": base.weight.device, "dtype": self.number}
+        self.register_buffer("start_a", torch.empty(config.rank, base.in_features, **like), persistent=False)
+        self.register_buffer("start_b", torch.empty(base.out_features, config.rank, **like), persistent=False)
 
     @staticmethod
     def check(config: AdapterConfig, in_features: int, out_features: int) -> None:
@@ -148,8 +150,8 @@ class PissaLinear(LoraLinear):
         if config.rank > most:
             raise ConfigError(f"--rank {config.rank}: pissa needs at most {most}, the smaller side of a matrix")
 
-    def reset(self) -> None:
-        W, rank = self.base.weight.detach().float(), self.config.rank
+    def reset(self, original: Callable[[], Tensor] | None = None) -> None:
+        W, rank = (original or self.dense)().to(self.start_a.device, torch.float32), self.config.rank
         if self.config.svd_iterations:
             U, S, V = torch.svd_lowrank(W, min(2 * rank, *W.shape), self.config.svd_iterations)
         else:

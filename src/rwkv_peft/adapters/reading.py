@@ -6,7 +6,7 @@ import dataclasses
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -19,9 +19,10 @@ from . import foreign
 from .attach import ADAPTERS
 from .base import AdaptedLinear
 from .original import read_original
-from .saved import PREFIX, SavedAdapter
+from .saved import PREFIX, Base, SavedAdapter
 
 FORMAT = 1
+Entry = TypeVar("Entry", ChatForm, Base)
 
 
 def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path | str | None = None) -> SavedAdapter:
@@ -56,7 +57,11 @@ def read_adapter(path: Path | str, alpha: float | None = None, pissa_init: Path 
         config = _adapter_config(path, settings, method, tensors) if method else foreign.config_of(path, settings)
     for name, tensor in {**tensors, **parts, **states}.items():
         check_finite(path, name, tensor)
-    return SavedAdapter(config, tensors, parts | states, str(ours.get("base", "")), _form(path, ours.get("form", {})))
+    form = _entry(path, "form", ours, ChatForm)
+    form = dataclasses.replace(form, special_tokens=tuple(form.special_tokens))
+    return SavedAdapter(
+        config, tensors, parts | states, str(ours.get("base", "")), form, _entry(path, "against", ours, Base)
+    )
 
 
 def read_adapters(
@@ -174,15 +179,20 @@ def _adapter_config(
     return config
 
 
-def _form(path: Path, entries: object) -> ChatForm:
-    """How conversations were written, as rwkv_peft.json has it."""
-    known = {field.name for field in dataclasses.fields(ChatForm)}
-    if isinstance(entries, dict) and entries.keys() <= known:
-        special = entries.get("special_tokens", [])
-        texts = [value for name, value in entries.items() if name != "special_tokens" and value is not None]
-        if isinstance(special, list) and all(isinstance(text, str) for text in [*texts, *special]):
-            return ChatForm(**{**entries, "special_tokens": tuple(special)})
-    raise CheckpointError(f"{path}/rwkv_peft.json: the entry form is damaged; copy the folder again")
+def _entry(path: Path, name: str, ours: Mapping[str, Any], kind: type[Entry]) -> Entry:
+    """An entry of rwkv_peft.json that has the fields of a dataclass, or the defaults of those that it has not."""
+    entries = ours.get(name, {})
+    plain = {field.name: field.default for field in dataclasses.fields(kind)}
+    if isinstance(entries, dict) and all(key in plain and _alike(value, plain[key]) for key, value in entries.items()):
+        return kind(**entries)
+    raise CheckpointError(f"{path}/rwkv_peft.json: the entry {name} is damaged; copy the folder again")
+
+
+def _alike(value: object, default: object) -> bool:
+    """Whether a value from JSON can stand where this default does."""
+    if isinstance(default, tuple):
+        return isinstance(value, list) and all(isinstance(text, str) for text in value)
+    return value == default or isinstance(value, str if default is None else type(default))
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -21,6 +21,17 @@ def file_name(name: str) -> str:
     return name if name.startswith("base_model.") else PREFIX + name
 
 
+@dataclass(frozen=True)
+class Base:
+    """How a model keeps its matrices."""
+
+    quant: str = "none"
+    """As `--quant`."""
+    quant_head: bool = False
+    precision: str = "fp32"
+    """Of what it computes with: fp32, bf16 or fp16."""
+
+
 @dataclass
 class SavedAdapter:
     """An adapter with what was trained beside it, under official names."""
@@ -35,6 +46,9 @@ class SavedAdapter:
     """Fingerprint of the base; empty if it was not written by us."""
     form: ChatForm = field(default_factory=ChatForm)
     """How conversations were written where it was trained."""
+
+    against: Base = field(default_factory=Base)
+    """What it was trained against."""
 
     def of_matrix(self, target: str) -> dict[str, Tensor]:
         """The adapter's tensors of one matrix, by their names within it."""

@@ -21,12 +21,21 @@ from .data import (
     shares_of,
 )
 from .train import LR, LR_STATE, TrainConfig
-from .use import ChatConfig, DemoConfig, DoctorConfig, GenerateConfig, InferenceConfig, MergeConfig, SamplingConfig
+from .use import (
+    ChatConfig,
+    DemoConfig,
+    DoctorConfig,
+    ExportConfig,
+    GenerateConfig,
+    InferenceConfig,
+    MergeConfig,
+    SamplingConfig,
+)
 
 __all__ = [
     "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "MICRO_BATCH", "TRAIN_PARTS",
-    "AdapterConfig", "ChatConfig", "ChatForm", "DataConfig", "DemoConfig", "DoctorConfig", "Dtype", "GenerateConfig",
-    "InferenceConfig", "InspectConfig", "Mask", "MergeConfig", "OnBadLine", "Op", "Overlong", "PrepareConfig",
-    "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least", "check_method",
+    "AdapterConfig", "ChatConfig", "ChatForm", "DataConfig", "DemoConfig", "DoctorConfig", "Dtype", "ExportConfig",
+    "GenerateConfig", "InferenceConfig", "InspectConfig", "Mask", "MergeConfig", "OnBadLine", "Op", "Overlong",
+    "PrepareConfig", "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least", "check_method",
     "check_part", "flag_of", "shares_of", "words",
 ]  # fmt: skip

@@ -152,6 +152,7 @@ class TrainConfig(DataConfig, _Run):
             self.adapter_config().check()
         self.check_adapter()
         self.parts()
+        self.check_base()
         self.check_data()
         self.check_evaluation()
         for name, remedy in (
@@ -178,6 +179,19 @@ class TrainConfig(DataConfig, _Run):
             raise ConfigError(f"--betas {self.betas[0]} {self.betas[1]}: both must be from 0 to below 1; try 0.9 0.99")
         if self.adam_eps <= 0:
             raise ConfigError(f"--adam-eps {self.adam_eps}: must be above 0; try 1e-8")
+
+    def check_base(self) -> None:
+        """Raise `ConfigError` where how the base is kept contradicts what trains."""
+        if self.quant != "none" and self.peft == "full":
+            raise ConfigError(f"--quant {self.quant}: not with --peft full, which trains the matrices; leave it out")
+        if self.quant != "none" and self.peft.startswith(FOREIGN):
+            raise ConfigError(f"--quant {self.quant}: not with PEFT's own methods, which need dense matrices; try lora")
+        if self.quant_head and self.quant == "none":
+            raise ConfigError("--quant-head: only with --quant; add one, or leave it out")
+        if self.quant_head and "head" in self.parts():
+            raise ConfigError("--quant-head: not with --train-parts head, which trains it; leave one out")
+        if self.embedding == "cpu" and (self.peft == "full" or "emb" in self.parts()):
+            raise ConfigError("--embedding cpu: the embedding trains; leave it out")
 
     def check_evaluation(self) -> None:
         """Raise `ConfigError` where what is said of measuring the loss contradicts itself."""

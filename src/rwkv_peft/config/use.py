@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from ..errors import ConfigError
-from .common import ESCAPES, Op, TokenizerName, at_least, words
+from .common import ESCAPES, Op, Quant, TokenizerName, at_least, words
 
 
 @dataclass
@@ -22,6 +22,8 @@ class MergeConfig:
     """File to write: `.pth` or `.safetensors`."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Number format of the written tensors. [each as in the base]"""
+    onto: Literal["dense", "trained"] = "dense"
+    """After training with --quant: add to the base as it is, or to its matrices rounded as they were in training."""
     overwrite: bool = False
     """Replace the file if it exists."""
     alpha: float | None = None
@@ -31,6 +33,22 @@ class MergeConfig:
 
     def __post_init__(self) -> None:
         self.adapter = [Path(path) for path in words(self.adapter)]
+
+
+@dataclass
+class ExportConfig:
+    """Write a model with its matrices in 8 or 4 bits, so that it is small, and loads fast."""
+
+    model: Path
+    """Model file: `.pth` or `.safetensors`."""
+    out: Path
+    """File to write: `.safetensors`, with the names of bitsandbytes."""
+    quant: Literal["int8", "nf4", "fp4", "fp8"] = "nf4"
+    """Format of the layers' matrices."""
+    quant_head: bool = False
+    """The head too."""
+    overwrite: bool = False
+    """Replace the file if it exists."""
 
 
 @dataclass
@@ -79,6 +97,10 @@ class InferenceConfig:
     """What ends an answer beside token 0: the id of a token, or its text. [the adapter's]"""
     dtype: Literal["auto", "fp32", "bf16", "fp16"] = "auto"
     """Number format of the weights. [bf16 on a GPU, fp32 on a CPU]"""
+    quant: Quant = "none"
+    """Keep the matrices in 8 or 4 bits; a file that holds them so is loaded as it is."""
+    quant_head: bool = False
+    """The head too."""
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
     op: Op = "auto"

@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 from torch import Tensor
 
 from ..adapters import ADAPTERS, SavedAdapter, attach_saved, foreign, read_adapters
 from ..adapters.reading import check_fit
-from ..checkpoint import DTYPES, check_finite, check_suffix, fingerprint, is_finite, read_tensors, write_tensors
+from ..adapters.saved import Base
+from ..checkpoint import DTYPES, check_finite, check_suffix, is_finite, write_tensors
 from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
-from ..loading import check_model, load_model
-from ..models import Sizes
+from ..loading import check_model, find_quantised, load_model, without_values
+from ..models import Rwkv, Sizes
+from ..ops.quant import quantize
+from ..packed import Entry, Packed, fingerprint_of, read_model
 
 Paths = Path | str | Sequence[Path | str]
 
@@ -26,6 +29,7 @@ def merge(
     overwrite: bool = False,
     alpha: float | None = None,
     pissa_init: Path | str | None = None,
+    onto: str = "dense",
 ) -> Path:
     """Write the base with an adapter, and the parts trained beside it, added; returns `out_path`.
 
@@ -34,6 +38,8 @@ def merge(
             it makes alone. A learned initial state becomes `blocks.*.att.time_state` in the file.
         out_path: ends in `.pth` or `.safetensors`.
         dtype: `fp32`, `bf16` or `fp16`; `same` keeps each tensor's own. Sums are taken in float32.
+        onto: of a base that was quantised in training, `dense` adds to the weights as they are in the file, `trained`
+            to the matrices as they were rounded then, which the adapter was trained against.
         alpha, pissa_init: for a `.pth` of the original program, as in `read_adapter`.
 
     Raises CheckpointError if the files do not belong together, OutputError if `out_path` exists or cannot be written.
@@ -44,21 +50,41 @@ def merge(
         raise ConfigError(f"--dtype {dtype}: unknown; allowed are same {' '.join(DTYPES)}")
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or give --overwrite")
-    base = read_tensors(base_path)
-    _, sizes = check_model(base_path, base)
+    entries = read_model(base_path)
+    kind, sizes = check_model(base_path, entries)
     paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     adapters = list(zip(paths, read_adapters(paths, alpha, pissa_init), strict=True))
+    base = {name: entry.dense() if isinstance(entry, Packed) else entry for name, entry in entries.items()}
+    if onto == "trained":
+        base = base | as_trained(base_path, entries, kind, trained_against(adapters))
     foreigners = [pair for pair in adapters if pair[1].config and pair[1].config.peft.startswith(FOREIGN)]
     if foreigners:
         merged = merge_foreign(base_path, base, *foreigners[0], alone=len(paths) == 1)
     else:
-        merged = merge_tensors(base, adapters, sizes)
-    write_tensors(out, in_formats(merged, base, base_path, dtype))
+        merged = merge_tensors(base, adapters, sizes, fingerprint_of(base_path, entries))
+    write_tensors(out, in_formats(merged, entries, base_path, dtype))
     return out
 
 
+def trained_against(adapters: Iterable[tuple[Path | str, SavedAdapter]]) -> Base:
+    """What the adapters were trained against. Raises ConfigError if that is the dense base, or not the same for all."""
+    found = {saved.against for _, saved in adapters}
+    if len(found) > 1 or Base().quant in {base.quant for base in found}:
+        raise ConfigError("--onto trained: only for adapters that were trained with one --quant; leave it out")
+    return found.pop()
+
+
+def as_trained(path: Path | str, entries: Mapping[str, Entry], kind: type[Rwkv], base: Base) -> dict[str, Tensor]:
+    """The matrices of a dense model file that training kept quantised, as it computed with them."""
+    number = DTYPES[base.precision]
+    model = without_values(kind, kind.sizes_of({name: tuple(e.shape) for name, e in entries.items()}), entries)
+    _, names = find_quantised(path, model, entries, base.quant, base.quant_head)
+    dense = {name: entries[name] for name in names}
+    return {n: quantize(t, base.quant, number).dense() for n, t in dense.items() if isinstance(t, Tensor)}
+
+
 def in_formats(
-    merged: dict[str, Tensor], base: dict[str, Tensor], base_path: Path | str, dtype: str
+    merged: dict[str, Tensor], base: Mapping[str, Entry], base_path: Path | str, dtype: str
 ) -> dict[str, Tensor]:
     """The tensors in the number format `dtype`, or for `same` in the base's. Raises CheckpointError for NaN or Inf."""
     written = {}
@@ -66,15 +92,16 @@ def in_formats(
         own = base[name].dtype if name in base else tensor.dtype
         written[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
         if not is_finite(written[name]):
-            if name in base:
-                check_finite(base_path, name, base[name])
+            entry = base.get(name)
+            if isinstance(entry, Tensor):
+                check_finite(base_path, name, entry)
             number = str(written[name].dtype).removeprefix("torch.")
             raise CheckpointError(f"{base_path}: merged, {name} holds NaN or Inf in {number}; try --dtype fp32")
     return written
 
 
 def merge_tensors(
-    base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]], sizes: Sizes
+    base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]], sizes: Sizes, fingerprint: str
 ) -> dict[str, Tensor]:
     """The base's tensors under their names; those that an adapter changes are new and float32.
 
@@ -83,7 +110,7 @@ def merge_tensors(
     shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
     merged = dict(base)
     for path, adapter in adapters:
-        if adapter.base and adapter.base != fingerprint(base):
+        if adapter.base and adapter.base != fingerprint:
             raise CheckpointError(f"{path}: was trained on a base with other weights than this one; name that base")
         check_fit(path, adapter, shapes, sizes)
         for name, tensor in changed_tensors(base, adapter).items():

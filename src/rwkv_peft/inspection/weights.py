@@ -15,20 +15,20 @@ from ..adapters.folder import FILES
 from ..adapters.original import OFFICIAL, PART, read_original
 from ..adapters.reading import read_adapter
 from ..adapters.saved import PREFIX, SavedAdapter
-from ..checkpoint import DTYPES, SUFFIXES, fingerprint, read_tensors
+from ..checkpoint import NAMES, SUFFIXES, fingerprint
 from ..config import FOREIGN, AdapterConfig
 from ..data.dataset import plural
 from ..errors import CheckpointError
 from ..export.states import load_state
 from ..loading import check_model
 from ..models import STATES, Sizes, find_version
+from ..packed import Entry, Packed, fingerprint_of, read_model
 
 Row = tuple[str, str]
 """A label and what stands behind it."""
 
 ADAPTED = re.compile(r"(?:^|\.)blocks\.\d+\.(?:att|ffn)\.\w+\.(?:init_)?(?:lora_[AB]|bone|disha)(?:\.|$)")
 DATA = (".jsonl", ".ndjson", ".csv", ".tsv", ".parquet", ".idx", ".gz", ".zst")  # never in the folder of a model
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
 MOST_TARGETS = 12
 
 
@@ -83,13 +83,14 @@ def weights_rows(path: str) -> Iterator[Row]:
         yield "taken for", f"the adapter in the folder {place.parent}"
         yield from adapter_rows(place.parent)
         return
-    tensors = read_tensors(place)
+    entries = read_model(place)
+    tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
     if tensors and all(name.endswith(STATES) and name.startswith("blocks.") for name in tensors):
         yield from state_rows(place, tensors)
     elif tensors and (any(map(ADAPTED.search, tensors)) or all(map(is_part, tensors))):
         yield from original_rows(place, tensors)
     else:
-        yield from model_rows(place, tensors)
+        yield from model_rows(place, entries)
 
 
 def is_part(name: str) -> bool:
@@ -98,7 +99,7 @@ def is_part(name: str) -> bool:
     return found is not None and PART.fullmatch(found[1]) is not None
 
 
-def model_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
+def model_rows(path: Path, tensors: Mapping[str, Entry]) -> Iterator[Row]:
     """Of a whole model."""
     try:
         kind = find_version(tensors)
@@ -119,7 +120,7 @@ def model_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
         parts["unused" if name in kind.unused else model_part(name)] += tensor.numel()
     yield from format_rows(tensors.values())
     yield from parameter_rows(parts)
-    yield from file_rows([path], fingerprint(tensors))
+    yield from file_rows([path], fingerprint_of(path, tensors))
     if problem is not None:
         raise problem
 
@@ -244,9 +245,9 @@ def state_rows(path: Path, tensors: Mapping[str, Tensor]) -> Iterator[Row]:
     yield from file_rows([path], fingerprint(tensors))
 
 
-def format_rows(tensors: Iterable[Tensor]) -> Iterator[Row]:
+def format_rows(tensors: Iterable[Entry]) -> Iterator[Row]:
     """Number formats, by how many tensors have them."""
-    counts = Counter(NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")) for tensor in tensors)
+    counts = Counter(t.quant if isinstance(t, Packed) else NAMES.get(t.dtype, str(t.dtype)[6:]) for t in tensors)
     yield "formats", ", ".join(f"{name} ({plural(count, 'tensor')})" for name, count in counts.most_common())
 
 

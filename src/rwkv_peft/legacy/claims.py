@@ -15,12 +15,12 @@ def check_claims(claims: Mapping[str, Any], model: Path | str) -> list[str]:
 
     Returns notes. Raises ConfigError where the line contradicts a file, CheckpointError if the model file is none.
     """
-    from ..checkpoint import read_tensors
     from ..loading import check_model
+    from ..packed import read_model
 
     asked = {name: value for name, value in claims.items() if TABLE[name].kind == "checked"}
     if asked:
-        kind, sizes = check_model(model, read_tensors(model))
+        kind, sizes = check_model(model, read_model(model))
         found = {
             "my_testing": kind.version, "n_layer": sizes.layers, "n_embd": sizes.width, "vocab_size": sizes.vocab_size,
             "dim_att": sizes.width, "dim_ffn": sizes.ffn, "head_size_a": sizes.head_size, "head_size_divisor": 8,
@@ -36,10 +36,10 @@ def check_claims(claims: Mapping[str, Any], model: Path | str) -> list[str]:
 
 def version_of(model: str) -> str:
     """The version of a model file, e.g. x070. Raises CheckpointError if it is none."""
-    from ..checkpoint import read_tensors
     from ..loading import check_model
+    from ..packed import read_model
 
-    return check_model(model, read_tensors(model))[0].version
+    return check_model(model, read_model(model))[0].version
 
 
 def generation(version: str) -> str:

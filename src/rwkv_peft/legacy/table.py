@@ -121,11 +121,9 @@ SECTIONS: dict[str, dict[str, Row]] = {
             "Settings of Hugging Face PEFT, with its defaults (LoRA: r 8, alpha 8). As there, nothing trains beside "
             "the adapter unless `--train_parts` is given.",
         ),
-        "quant": later(
+        "quant": to(
             "quant", "none", str,
-            "quantised training is not there yet; leave it out, and save memory with --grad_cp 1 or a smaller "
-            "--micro_bsz",
-            "none", "", refused=True,
+            "`int8` (in blocks of 256 here), `nf4`, `fp4`; `4bit` was fp4.",
         ),
         "chunk_ctx": later("chunk_len", "512", int, "for infinite context, which is not there yet"),
         "dropout": idle("0", float, "the original's RWKV-6 and 7 had none either; LoRA's is in --lora_config"),

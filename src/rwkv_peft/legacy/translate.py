@@ -17,6 +17,7 @@ from .table import TABLE
 
 PRECISIONS = {"bf16": "bf16", "bf16-true": "bf16", "fp32": "fp32", "tf32": "fp32"}
 DEVICES = {"gpu": "auto", "cuda": "auto", "auto": "auto", "cpu": "cpu"}
+QUANTS = {"": "none", "4bit": "fp4"} | {name: name for name in ("none", "int8", "nf4", "fp4", "fp8")}
 
 
 @dataclass
@@ -104,6 +105,7 @@ def machine_of(old: Old) -> Values:
     """Device, precision, checkpointing."""
     again = "block" if old["grad_cp"] > 0 else "none"
     values: Values = {"device": old.choice("accelerator", DEVICES), "grad_checkpoint": again}
+    values["quant"] = old.choice("quant", QUANTS)
     if "precision" not in old:
         return values
     if old["precision"] == "fp16":

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
 import torch
@@ -18,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from ..config import AdapterConfig, ChatForm
 from ..errors import CheckpointError
 from ..ops import Backend
-from ..ops.linear import Linear
+from ..ops.matrix import Linear, QuantizedLinear
 from ..ops.pieces import LayerNorm, Vectors
-from .layers import Documents
+from .layers import Documents, Embedding
 from .state import ModelState, Sizes
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -180,8 +181,10 @@ class Rwkv(nn.Module, ABC):
     """Tensors that official files hold and no program reads."""
     op: Backend
     like: Tensor
-    source: str = ""  # name of the file that the weights came from, and their fingerprint
+    source: str = ""  # name of the file that the weights came from, its path, and the weights' fingerprint
+    path: Path | None = None
     fingerprint: str = ""
+    quant: str = "none"  # how the matrices are stored
     adapter_config: AdapterConfig | None = None  # of the adapter that it has, and what it puts in whose place
     form: ChatForm = ChatForm()  # how conversations were written where it was trained
     adapter_bases: dict[str, Tensor]
@@ -195,7 +198,7 @@ class Rwkv(nn.Module, ABC):
         self.adapter_bases = {}
         # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
-        self.emb = nn.Embedding(sizes.vocab_size, sizes.width)
+        self.emb = Embedding(sizes.vocab_size, sizes.width)
         self.blocks = nn.ModuleList(Block(sizes.width, i, *self.mixes(sizes, i)) for i in range(sizes.layers))
         self.ln_out = LayerNorm(sizes.width, LN_EPS)
         self.head = Linear(sizes.width, sizes.vocab_size)
@@ -257,6 +260,12 @@ class Rwkv(nn.Module, ABC):
         """`grad_checkpoint` of each layer."""
         one = self.grad_checkpoint
         return (one,) * self.sizes.layers if isinstance(one, str) else one
+
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of every weight by its official name, whether it is a parameter or stored in another form."""
+        layers = ((name, getattr(module, "base", module)) for name, module in self.named_modules())
+        matrices = {f"{n}.weight": (m.rows, m.in_features) for n, m in layers if isinstance(m, QuantizedLinear)}
+        return {name: tuple(p.shape) for name, p in self.named_parameters()} | matrices
 
     def layers(self) -> list[Block]:
         """The layers, in order."""

@@ -14,7 +14,7 @@ from abc import abstractmethod
 from torch import Tensor
 
 from ..ops import Backend, Wkv
-from ..ops.linear import Linear
+from ..ops.matrix import Linear
 from ..ops.pieces import GroupNorm
 from .base import LN_X_EPS, ChannelMix, Inputs, Shared, TimeMix, vector
 from .layers import Documents

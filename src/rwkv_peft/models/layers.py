@@ -11,7 +11,22 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from ..ops import triton
+
+
+class Embedding(nn.Embedding):
+    """A row of the weight for each token. The weight may lie in the CPU's memory, where a GPU reads the rows."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        weight = self.weight
+        if weight.device == tokens.device:
+            return F.embedding(tokens, weight)
+        if tokens.is_cuda and weight.is_pinned() and not weight.requires_grad and triton.is_installed():
+            rows: Tensor = triton.rows_of(weight, tokens)
+            return rows
+        return F.embedding(tokens.to(weight.device), weight).to(tokens.device)
 
 
 class Documents:

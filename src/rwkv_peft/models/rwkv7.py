@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..ops import Backend
-from ..ops.linear import Linear
+from ..ops.matrix import Linear
 from ..ops.pieces import GroupNorm, Vectors, Vectors7
 from .base import LN_X_EPS, ChannelMix, Inputs, Rwkv, Shapes, Shared, TimeMix, common_sizes, shape_of, vector
 from .layers import Documents

@@ -13,7 +13,7 @@ from dataclasses import asdict, dataclass
 from torch import Tensor, nn
 
 from ..ops import Backend
-from ..ops.linear import Linear
+from ..ops.matrix import Linear
 from ..ops.pieces import Vectors
 from .base import Inputs, Shapes, Shared, shape_of, vector
 from .layers import Documents

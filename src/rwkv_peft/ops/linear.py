@@ -1,4 +1,4 @@
-"""Matrices, and products with a frozen one and something small beside it in the fewest passes over the activations.
+"""Products with a frozen matrix and something small beside it, in the fewest passes over the activations.
 
 Each product has the plain formula of `adapters/` and its gradients, but adds into the big product in place, and keeps
 for the backward pass its input and what is `rank` wide. Axes: n tokens, I inputs, O outputs, R rank, S shards of R.
@@ -9,43 +9,14 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torch.autograd.function import once_differentiable
+
+from .matrix import Matrix
 
 HALF = (torch.bfloat16, torch.float16)
 # whether a GPU's product of such numbers can be had in float32
 ADDS_TO_FLOAT32 = torch.version.cuda is not None and "dtype_out" in torch.ops.aten.addmm.overloads()  # type: ignore[no-untyped-call]
-
-
-class Linear(nn.Linear):
-    """A matrix without bias, used in the dtype of its input; (…, in) → (…, out)."""
-
-    def __init__(self, in_features: int, out_features: int) -> None:
-        super().__init__(in_features, out_features, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight.to(x.dtype))
-
-
-def dense_weight(layer: Any) -> Tensor | None:
-    """The weight (O,I) of a layer that does nothing but multiply by it; None for any other.
-
-    One with a bias, with hooks, of a class of its own, or whose weight is stored in another form (quantised, sharded)
-    is another.
-    """
-    if type(layer) not in (nn.Linear, Linear) or layer.bias is not None:
-        return None
-    if layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks:
-        return None
-    is_dense = type(layer.weight) in (nn.Parameter, Tensor) and layer.weight.is_floating_point()
-    return layer.weight if is_dense else None
-
-
-def frozen_weight(layer: object, x: Tensor) -> Tensor | None:
-    """`dense_weight`, if it does not train and has the dtype of its input `x`."""
-    weight = dense_weight(layer)
-    return weight if weight is not None and not weight.requires_grad and weight.dtype == x.dtype else None
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: bool = True) -> None:
@@ -66,19 +37,19 @@ def add_product(total: Tensor, a: Tensor, b: Tensor, scale: float = 1.0, keep: b
 
 
 def low_rank_linear(
-    x: Tensor, weight: Tensor, A: Tensor, B: Tensor, scale: float, start: tuple[Tensor, Tensor] | None = None
+    x: Tensor, matrix: Matrix, A: Tensor, B: Tensor, scale: float, start: tuple[Tensor, Tensor] | None = None
 ) -> Tensor:
     """x Wᵀ + scale · x Aᵀ Bᵀ, or with `start` (A0, B0), which are frozen and like A and B: … - scale · x A0ᵀ B0ᵀ.
 
-    x (…,I) and the frozen W (O,I) have one dtype, in which the products are made; A (R,I) and B (O,R) may be float32,
-    and then their gradients are. Sources: LoRA arXiv 2106.09685, PiSSA 2404.02948.
+    W (O,I) is the frozen `matrix`; the products have the dtype of x (…,I). A (R,I) and B (O,R) may be float32, and then
+    their gradients are. Sources: LoRA arXiv 2106.09685, PiSSA 2404.02948.
     """
     a, b = A.detach().to(x.dtype), torch.mul(B.detach(), scale, out=torch.empty_like(B, dtype=x.dtype))
     if start is not None:
         a = torch.cat((a, start[0].to(x.dtype)))
         b = torch.cat((b, torch.mul(start[1], -scale, out=torch.empty_like(start[1], dtype=x.dtype))), dim=1)
     inner: Tensor = _Inner.apply(x, A, B, a)  # type: ignore[no-untyped-call]
-    y: Tensor = _LowRank.apply(x, inner, A, B, weight, a, b, scale)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRank.apply(x, inner, A, B, matrix, a, b, scale)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -104,12 +75,12 @@ class _Inner(torch.autograd.Function):
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, inner: Tensor, A: Tensor, B: Tensor, weight: Tensor, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, inner: Tensor, A: Tensor, B: Tensor, matrix: Matrix, a: Tensor, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.kept, ctx.weight, ctx.a, ctx.b = inner.grad_fn, weight, a, b
+        ctx.kept, ctx.matrix, ctx.a, ctx.b = inner.grad_fn, matrix, a, b
         ctx.shape, ctx.A, ctx.B, ctx.scale = x.shape, _form(A), _form(B), scale
-        y = (x.reshape(-1, x.shape[-1]) @ weight.T).addmm_(inner, b.T)
-        return y.view(*x.shape[:-1], len(weight))
+        y = matrix.times(x.reshape(-1, x.shape[-1])).addmm_(inner, b.T)
+        return y.view(*x.shape[:-1], matrix.rows)
 
     @staticmethod
     @once_differentiable
@@ -117,11 +88,11 @@ class _LowRank(torch.autograd.Function):
         rows, inner = ctx.kept.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         dx = dA = dB = None
-        dy = dy.reshape(-1, len(ctx.weight))
+        dy = dy.reshape(-1, dy.shape[-1])
         if needs_x or needs_a:
             d_inner = dy @ ctx.b
         if needs_x:
-            dx = (dy @ ctx.weight).addmm_(d_inner, ctx.a).view(ctx.shape)
+            dx = ctx.matrix.back(dy).addmm_(d_inner, ctx.a).view(ctx.shape)
         if needs_a:
             dA = _empty(dy, ctx.A)
             add_product(dA, d_inner[:, : len(dA)].T, rows, keep=False)
@@ -131,13 +102,14 @@ class _LowRank(torch.autograd.Function):
         return dx, None, dA, dB, None, None, None, None
 
 
-def bone_linear(x: Tensor, weight: Tensor, block: Tensor) -> Tensor:
+def bone_linear(x: Tensor, matrix: Matrix, block: Tensor) -> Tensor:
     """x Wᵀ + Σ_s x_s D, where x_s are the shards of x, R wide, the last perhaps shorter; D = `block` (R,O).
 
-    x (…,I) and the frozen W (O,I) have one dtype; D may be float32, and then its gradient is. Source: arXiv 2409.15371.
+    W (O,I) is the frozen `matrix`; the products have the dtype of x (…,I). D may be float32, and then its gradient is.
+    Source: arXiv 2409.15371.
     """
     total: Tensor = _ShardSum.apply(x, block)  # type: ignore[no-untyped-call]
-    y: Tensor = _Bone.apply(x, total, block, weight)  # type: ignore[no-untyped-call]
+    y: Tensor = _Bone.apply(x, total, block, matrix)  # type: ignore[no-untyped-call]
     return y
 
 
@@ -157,12 +129,12 @@ class _ShardSum(torch.autograd.Function):
 
 class _Bone(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor, block: Tensor, weight: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, total: Tensor, block: Tensor, matrix: Matrix) -> Tensor:
         d = block.to(x.dtype)
-        ctx.kept, ctx.weight, ctx.d = total.grad_fn, weight, d
+        ctx.kept, ctx.matrix, ctx.d = total.grad_fn, matrix, d
         ctx.shape, ctx.block = x.shape, _form(block)
-        y = (x.reshape(-1, x.shape[-1]) @ weight.T).addmm_(total, d)
-        return y.view(*x.shape[:-1], len(weight))
+        y = matrix.times(x.reshape(-1, x.shape[-1])).addmm_(total, d)
+        return y.view(*x.shape[:-1], matrix.rows)
 
     @staticmethod
     @once_differentiable
@@ -170,9 +142,9 @@ class _Bone(torch.autograd.Function):
         (total,) = ctx.kept.saved_tensors
         needs_x, _, needs_block, _ = ctx.needs_input_grad
         dx = d_block = None
-        dy = dy.reshape(-1, len(ctx.weight))
+        dy = dy.reshape(-1, dy.shape[-1])
         if needs_x:
-            dx = dy @ ctx.weight
+            dx = ctx.matrix.back(dy)
             add_to_shards(dx, dy @ ctx.d.T)
             dx = dx.view(ctx.shape)
         if needs_block:
@@ -181,36 +153,37 @@ class _Bone(torch.autograd.Function):
         return dx, None, d_block, None
 
 
-def bat_linear(x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
+def bat_linear(x: Tensor, matrix: Matrix, blocks: Tensor) -> Tensor:
     """(x + z) Wᵀ + the sum of z's shards, side by side O/R times; z_s = D_s x_s for the S shards; D = `blocks` (S,R,R).
 
-    x (…,I) and the frozen W (O,I) have one dtype; D may be float32, and then its gradient is. R divides I and O.
+    W (O,I) is the frozen `matrix`; the products have the dtype of x (…,I). D may be float32, and then its gradient is.
+    R divides I and O.
     """
-    y: Tensor = _Bat.apply(x, weight, blocks)  # type: ignore[no-untyped-call]
+    y: Tensor = _Bat.apply(x, matrix, blocks)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Bat(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, blocks: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, matrix: Matrix, blocks: Tensor) -> Tensor:
         rows, d = x.reshape(-1, x.shape[-1]), blocks.to(x.dtype)
         shards = _by_shard(rows, d.shape[1])  # (S,n,R)
         through = torch.empty_like(rows)
         torch.baddbmm(shards, shards, d.mT, out=_by_shard(through, d.shape[1]))
-        y = through @ weight.T
+        y = matrix.times(through)
         add_to_shards(y, rows @ d.mT.flatten(0, 1))  # (S·R,R): the sum over shards is within the product
-        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, weight, d)
-        ctx.shape, ctx.blocks = x.shape, _form(blocks)
-        return y.view(*x.shape[:-1], len(weight))
+        ctx.save_for_backward(rows if ctx.needs_input_grad[2] else None, d)
+        ctx.shape, ctx.blocks, ctx.matrix = x.shape, _form(blocks), matrix
+        return y.view(*x.shape[:-1], matrix.rows)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, d = ctx.saved_tensors
+        rows, d = ctx.saved_tensors
         needs_x, _, needs_blocks = ctx.needs_input_grad
         rank, dx, d_blocks = d.shape[1], None, None
-        dy = dy.reshape(-1, len(weight))
-        through = dy @ weight
+        dy = dy.reshape(-1, dy.shape[-1])
+        through = ctx.matrix.back(dy)
         dz = _by_shard(through, rank) + sum_of_shards(dy, rank)  # (S,n,R)
         if needs_blocks:
             d_blocks = _empty(dy, ctx.blocks)

@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from .linear import add_product, dense_weight
+from .linear import add_product
+from .matrix import QuantizedLinear, dense_weight, has_hooks
 
-MOST_LOGITS = 2**26  # of a chunk: 128 MiB in bf16
+MOST_LOGITS = 2**25  # of a chunk: 64 MiB in bf16
+MOST_WEIGHTS = 2**24  # of a quantised head that are dense at once: 32 MiB in bf16
 
 
 def next_token_loss(
@@ -32,9 +34,10 @@ def next_token_loss(
     trains on; the second has no gradient. Both are float32 scalars (float64 of a float64 model). One backward pass is
     possible. Source of the penalty: L2Wrap of RWKV-LM.
     """
-    weight = dense_weight(head)
-    if weight is not None:
-        total, loss = _HeadLoss.apply(hidden, weight, labels, logit_penalty, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
+    is_quantised = isinstance(head, QuantizedLinear) and not has_hooks(head)
+    matrix = head if is_quantised else dense_weight(head)
+    if matrix is not None:
+        total, loss = _HeadLoss.apply(hidden, matrix, labels, logit_penalty, torch.is_grad_enabled())  # type: ignore[no-untyped-call]
         return total, loss
     chunks = chunks_of(len(hidden), int(getattr(head, "out_features", MOST_LOGITS)))
     if len(chunks) == 1:
@@ -60,24 +63,25 @@ def _chunk_loss(
 
 
 class _HeadLoss(torch.autograd.Function):
-    """Of a head that is a plain matrix (V,D)."""
+    """Of a head that is a plain matrix (V,D), or one that is stored in fewer bits."""
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, labels: Tensor, logit_penalty: float, trains: bool
+        ctx: Any, hidden: Tensor, weight: Tensor | QuantizedLinear, labels: Tensor, logit_penalty: float, trains: bool
     ) -> tuple[Tensor, Tensor]:
-        matrix = weight.to(hidden.dtype)
-        chunks = chunks_of(len(hidden), len(weight))
-        buffer = hidden.new_empty(chunks[0].stop, len(weight))
+        head = _QuantisedHead(weight) if isinstance(weight, QuantizedLinear) else _DenseHead(weight.to(hidden.dtype))
+        chunks = chunks_of(len(hidden), head.rows)
+        buffer = hidden.new_empty(chunks[0].stop, head.rows)
         d_hidden = hidden.new_empty(hidden.shape) if trains and ctx.needs_input_grad[0] else None
-        d_weight = torch.zeros_like(weight) if trains and ctx.needs_input_grad[1] else None
+        d_weight = torch.zeros_like(weight) if trains and isinstance(weight, Tensor) and weight.requires_grad else None
         is_trained = d_hidden is not None or d_weight is not None
         sums = hidden.new_empty((len(hidden), 2), dtype=torch.promote_types(hidden.dtype, torch.float32))
         for chunk in chunks:
-            logits = torch.mm(hidden[chunk], matrix.T, out=buffer[: chunk.stop - chunk.start])
+            logits = buffer[: chunk.stop - chunk.start]
+            head.times(hidden[chunk], logits)
             cross_entropy(logits, labels[chunk], logit_penalty, sums[chunk], logits if is_trained else None)
             if d_hidden is not None:
-                torch.mm(logits, matrix, out=d_hidden[chunk])
+                head.back(logits, d_hidden[chunk])
             if d_weight is not None:
                 add_product(d_weight, logits.T, hidden[chunk])
         ctx.gradients = d_hidden, d_weight
@@ -93,6 +97,41 @@ class _HeadLoss(torch.autograd.Function):
         gradients, ctx.gradients = ctx.gradients, None
         d_hidden, d_weight = (None if gradient is None else multiply_(gradient, d_total) for gradient in gradients)
         return d_hidden, d_weight, None, None, None
+
+
+class _DenseHead:
+    """Products with a head (V,D)."""
+
+    def __init__(self, weight: Tensor) -> None:
+        self.weight, self.rows = weight, len(weight)
+
+    def times(self, hidden: Tensor, logits: Tensor) -> None:
+        """logits (n,V) = hidden (n,D) Wᵀ."""
+        torch.mm(hidden, self.weight.T, out=logits)
+
+    def back(self, d_logits: Tensor, d_hidden: Tensor) -> None:
+        """d_hidden (n,D) = d_logits (n,V) W."""
+        torch.mm(d_logits, self.weight, out=d_hidden)
+
+
+class _QuantisedHead:
+    """The same of one whose dense weight never exists as a whole."""
+
+    def __init__(self, matrix: QuantizedLinear) -> None:
+        self.matrix, self.rows = matrix, matrix.rows
+        size = max(1, MOST_WEIGHTS // matrix.in_features)
+        self.parts = [slice(i, min(self.rows, i + size)) for i in range(0, self.rows, size)]
+
+    def times(self, hidden: Tensor, logits: Tensor) -> None:
+        for part in self.parts:
+            torch.mm(hidden, self.matrix.dense(hidden.dtype, part).T, out=logits[:, part])
+
+    def back(self, d_logits: Tensor, d_hidden: Tensor) -> None:
+        total = torch.empty_like(d_hidden, dtype=torch.promote_types(d_hidden.dtype, torch.float32))
+        for part in self.parts:
+            weight = self.matrix.dense(d_logits.dtype, part)
+            add_product(total, d_logits[:, part], weight, keep=part.start > 0)
+        d_hidden.copy_(total)
 
 
 class _LogitsLoss(torch.autograd.Function):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import shutil
 import signal
@@ -82,7 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
-    model = load_model(config.model, config.precision, config.device, config.op)
+    model = load_base(config, saved)
     prepare(model, config, saved)
     model.form = form_of(config)
     check_space(out, model)
@@ -115,6 +116,21 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     at = evaluation.best_step
     metrics.say(f"best after {at} steps: loss {evaluation.losses[at]:.4f} on the held-out examples: {evaluation.best}")
     return RunResult(out, result, steps, losses, interrupted, evaluation.best, evaluation.losses)
+
+
+def load_base(config: TrainConfig, saved: SavedAdapter | None) -> Rwkv:
+    """The model to train, kept as `config` says. Raises ConfigError and CheckpointError."""
+    trains = config.peft == "full" or "emb" in config.parts() or (saved is not None and "emb.weight" in saved.parts)
+    on_gpu = find_device(config.device).type == "cuda"
+    embedding = config.embedding
+    if embedding == "auto":
+        embedding = "cpu" if on_gpu and not trains else "gpu"
+    elif trains and embedding == "cpu":
+        raise ConfigError(f"--embedding cpu: {config.adapter} trains the embedding; leave it out")
+    elif embedding == "gpu" and not on_gpu:
+        raise ConfigError("--embedding gpu: the run is on the CPU; leave it out")
+    how = (config.precision, config.device, config.op, config.quant, config.quant_head, embedding)
+    return load_model(config.model, *how)
 
 
 def saved_adapter(config: TrainConfig) -> SavedAdapter | None:
@@ -229,11 +245,12 @@ def describe(
 ) -> Iterator[str]:
     """What the run is about to do, for people."""
     s = model.sizes
-    count = sum(p.numel() for p in model.parameters())
+    count = sum(map(math.prod, model.shapes().values()))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     number = str(model.dtype).removeprefix("torch.")
     yield f"model  {model.source}: {model.title}, {s.layers} layers, width {s.width}, vocabulary {s.vocab_size}"
-    where = f"{number} on {model.like.device}, op {model.op.name}"
+    stored = "" if model.quant == "none" else f", matrices in {model.quant}"
+    where = f"{number}{stored} on {model.like.device}, op {model.op.name}"
     method = "full" if model.adapter_config is None else model.adapter_config.peft
     yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
     yield from (f"note   {line}" for line in idle)

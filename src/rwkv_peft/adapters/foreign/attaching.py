@@ -27,6 +27,8 @@ def attach(model: nn.Module, config: AdapterConfig, targets: Sequence[str], besi
     model as it was, if PEFT is not there, or has no such method, or the method does not fit this model or its settings.
     """
     peft = library("peft")
+    if getattr(model, "quant", "none") != "none":
+        raise ConfigError(f"--peft {config.peft}: PEFT's own methods need dense matrices; leave --quant out")
     made, before = make_config(model, config, targets), dict(model.named_modules())
     weights = [(p, p.data, p._version, p.requires_grad) for p in model.parameters()]
     try:

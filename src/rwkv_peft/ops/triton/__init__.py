@@ -40,6 +40,10 @@ def _later(module: str, name: str) -> Callable[..., Any]:
     return partial(_call, module, name)
 
 
+rows_of = _later("embedding", "rows_of")
+dense_of_8_bits, dense_of_4_bits = _later("quant", "dense_of_8_bits"), _later("quant", "dense_of_4_bits")
+rows_to_fp8, turned = _later("quant", "rows_to_fp8"), _later("quant", "turned")
+
 # the same functions as in `reference` and `pieces`, where their arguments, shapes and results are described
 wkv5, wkv6, wkv7 = _later("wkv6", "wkv5"), _later("wkv6", "wkv6"), _later("wkv7", "wkv7")
 PIECES = Pieces(

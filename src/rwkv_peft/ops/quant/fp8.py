@@ -1,0 +1,74 @@
+"""fp8 (e4m3) with a scale for each row, and products in fp8 where a GPU has them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import triton
+from ..matrix import QuantizedLinear
+
+E4M3 = torch.float8_e4m3fn
+LARGEST = 448.0  # of e4m3
+
+
+class Fp8Linear(QuantizedLinear):
+    """One byte a weight: W = scale · values, with a scale a row."""
+
+    quant = "fp8"
+    weight: Tensor
+    """(O,I) e4m3."""
+    scale: Tensor
+    """(O,1) float32."""
+
+    @classmethod
+    def stored(cls, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.abs().amax(1, keepdim=True).float().clamp_(min=1e-38) / LARGEST
+        return {"weight": (weight.float() / scale).to(E4M3), "scale": scale}
+
+    @staticmethod
+    def layout(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
+        return {"weight": ((rows, columns), E4M3), "scale": ((rows, 1), torch.float32)}
+
+    def times(self, x: Tensor) -> Tensor:
+        if not self.multiplies(x):
+            return super().times(x)
+        values, scale = triton.rows_to_fp8(x)
+        return _product(values, self.weight, scale, self.scale, x.dtype)
+
+    def back(self, dy: Tensor) -> Tensor:
+        if not self.multiplies(dy):
+            return super().back(dy)
+        # the scales of W's rows cannot leave a sum over these, so they go into what is rounded
+        values, scale = triton.rows_to_fp8(dy, self.scale.view(-1))
+        return _product(values, triton.turned(self.weight), scale, self.scale.new_ones(self.in_features, 1), dy.dtype)
+
+    def multiplies(self, x: Tensor) -> bool:
+        """Whether a product with x can be one of fp8 numbers."""
+        fits = self.out_features % 16 == 0 and self.in_features % 16 == 0 and len(x) > 0
+        return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_fp8(x.device) and triton.is_installed()
+
+    def dense(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
+        return (self.weight[rows].float() * self.scale[rows]).to(dtype or self.dtype)
+
+    def to_file(self) -> dict[str, Tensor]:
+        return {"weight": self.weight, "weight_scale": self.scale}
+
+    @classmethod
+    def from_file(cls, tensors: Mapping[str, Tensor], settings: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"weight": tensors["weight"], "scale": tensors["weight_scale"].float().view(-1, 1)}
+
+
+@cache
+def has_fp8(device: torch.device) -> bool:
+    """Whether a GPU multiplies fp8 numbers that have a scale a row."""
+    return torch.cuda.get_device_capability(device) >= (9, 0)
+
+
+def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:
+    """a (n,I) bᵀ for b (O,I), both e4m3, with their scales (n,1) and (O,1)."""
+    return torch._scaled_mm(a, b.T, scale_a, scale_b.T, out_dtype=dtype, use_fast_accum=True)

@@ -1,0 +1,114 @@
+"""Model files with quantised matrices: what stands in the place of a weight, in bitsandbytes' names.
+
+A matrix's indices have its name, `blocks.0.att.key.weight`; beside it are `….weight.absmax`, `….weight.quant_map` and
+more, and `….weight.quant_state.bitsandbytes__nf4`, which is JSON. An fp8 matrix has a `…weight_scale` instead.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .checkpoint import DTYPES, fingerprint, not_float, read_metadata, read_tensors
+from .errors import CheckpointError
+from .ops.quant import QUANTS, QuantizedLinear
+from .ops.quant.blocks import STATE
+
+MOST_SETTINGS = 4096  # bytes of JSON
+FINGERPRINT = "fingerprint"  # in the metadata of a file: that of the dense model it was made from
+NUMBERS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Packed:
+    """A matrix (O,I) as a file holds it."""
+
+    quant: str
+    shape: tuple[int, int]
+    tensors: dict[str, Tensor]
+    """By what follows the matrix's name, as in `QuantizedLinear.to_file`."""
+    settings: dict[str, Any]
+
+    def layer(self, dtype: torch.dtype, device: torch.device) -> QuantizedLinear:
+        """The layer that holds it, on a device, for activations of this dtype."""
+        kind = QUANTS[self.quant]
+        buffers = kind.from_file(self.tensors, self.settings)
+        return kind(self.shape, {name: t.to(device, copy=True) for name, t in buffers.items()}, dtype)
+
+    def dense(self) -> Tensor:
+        """The weight, in the number format that it had before."""
+        return self.layer(self.dtype, torch.device("cpu")).dense()
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The number format that the weight had before; bf16 where the file does not tell."""
+        return DTYPES.get(NUMBERS.get(self.settings.get("dtype", ""), ""), torch.bfloat16)
+
+    def numel(self) -> int:
+        return self.shape[0] * self.shape[1]
+
+
+Entry = Tensor | Packed
+
+
+def read_model(path: Path | str) -> dict[str, Entry]:
+    """Every tensor of a model file, memory-mapped; a quantised matrix is one entry, under its weight's name.
+
+    Raises CheckpointError as `read_tensors` does, or if what belongs to a quantised matrix is missing or odd.
+    """
+    groups: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in read_tensors(path, whole_numbers=True).items():
+        matrix, weight, rest = name.partition(".weight")
+        groups.setdefault(matrix, {})[weight + rest] = tensor
+    found: dict[str, Entry] = {}
+    for matrix, group in groups.items():
+        if ".weight" in group and len(group) > 1:
+            own = {name[1:]: tensor for name, tensor in group.items()}
+            found[f"{matrix}.weight"] = packed(f"{path}: tensor {matrix}.weight", own)
+            continue
+        for rest, tensor in group.items():
+            if not tensor.is_floating_point():
+                raise not_float(path, matrix + rest, tensor)
+            found[matrix + rest] = tensor
+    return found
+
+
+def fingerprint_of(path: Path | str, entries: Mapping[str, Entry]) -> str:
+    """The fingerprint of a model file: of its tensors, or of the dense ones that it was made from."""
+    dense = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
+    return read_metadata(path).get(FINGERPRINT) or fingerprint(dense)
+
+
+def packed(what: str, tensors: dict[str, Tensor]) -> Packed:
+    """The matrix that these tensors are. Raises CheckpointError, whose message begins with `what`."""
+    quant = next((name.removeprefix(STATE) for name in tensors if name.startswith(STATE)), "fp8")
+    if quant not in QUANTS:
+        raise CheckpointError(f"{what}: is stored as {quant}; allowed are {' '.join(QUANTS)}; get another file")
+    try:
+        settings = _settings(tensors.get(STATE + quant))
+        rows, columns = map(int, settings["shape"] if settings else tensors["weight"].shape)
+        entry = Packed(quant, (rows, columns), tensors, settings)
+        stored = QUANTS[quant].from_file(tensors, settings)
+        layout = QUANTS[quant].layout(rows, columns)
+        if {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} != layout:
+            raise ValueError("shapes that do not fit together")
+    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{what}: is no {quant} matrix as this program and bitsandbytes store it ({error}); get the file again"
+        ) from error
+    return entry
+
+
+def _settings(tensor: Tensor | None) -> dict[str, Any]:
+    if tensor is None:
+        return {}
+    if tensor.numel() > MOST_SETTINGS:
+        raise ValueError(f"{tensor.numel()} bytes of settings")
+    found = json.loads(bytes(tensor.flatten().tolist()))
+    return dict(found)
