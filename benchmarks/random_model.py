@@ -8,9 +8,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from rwkv_peft.loading import set_parameter
+from rwkv_peft.loading import EMBEDDING, as_kept, find_quantised, set_module, set_parameter
 from rwkv_peft.models import MODELS, Rwkv, Rwkv5Sizes, Rwkv6Sizes, Rwkv7Sizes, Sizes
 from rwkv_peft.ops import choose_backend
+from rwkv_peft.ops.quant import quantize
 
 COMMON: dict[str, int] = {"head_size": 64, "vocab_size": 65536}
 
@@ -27,6 +28,7 @@ SIZES: dict[str, tuple[str, Sizes]] = {
     "1.5B": rwkv7(24, 2048, 96, 96, 64, 256),
     "2.9B": rwkv7(32, 2560, 96, 96, 64, 320),
     "7.2B": rwkv7(32, 4096, 128, 128, 96, 480),
+    "13.3B": rwkv7(61, 4096, 192, 192, 128, 384),
     "v6-1.6B": ("x060", Rwkv6Sizes(layers=24, width=2048, ffn=7168, rank_mix=32, rank_decay=64, **COMMON)),
     "v5-1.5B": ("x052", Rwkv5Sizes(layers=24, width=2048, ffn=7168, **COMMON)),
 }
@@ -36,14 +38,32 @@ VECTORS = {"a0": (0, 1), "v0": (0, 1), "k_k": (0.85, 0.1), "k_a": (1, 0.1), "r_k
 DECAYS = {"w0": (-6.0, 1.0), "time_decay": (-6.0, 0.0)}  # smallest and largest
 
 
-def random_model(version: str, sizes: Sizes, dtype: torch.dtype, device: torch.device, op: str = "auto") -> Rwkv:
-    """A model in eval mode with weights of the spread of trained ones, so that its numbers stay finite."""
+def random_model(
+    version: str,
+    sizes: Sizes,
+    dtype: torch.dtype,
+    device: torch.device,
+    op: str = "auto",
+    quant: str = "none",
+    quant_head: bool = False,
+    embedding: str = "gpu",
+) -> Rwkv:
+    """A model in eval mode with weights of the spread of trained ones, so that its numbers stay finite.
+
+    The last three as in `load_model`.
+    """
     generator = torch.Generator(device).manual_seed(0)
     with torch.device("meta"):
         model = MODELS[version](sizes)
+    _, quantised = find_quantised("", model, dict(model.named_parameters()), quant, quant_head)
     for name, shape in [(n, p.shape) for n, p in model.named_parameters()]:
-        set_parameter(model, name, random_value(name, shape, generator).to(dtype))
-    model.like = torch.empty(0, dtype=dtype, device=device)
+        value = random_value(name, shape, generator).to(dtype)
+        if name in quantised:
+            set_module(model, name, quantize(value, quant, dtype))
+        else:
+            value = value.cpu() if name == EMBEDDING and embedding == "cpu" else value
+            set_parameter(model, name, as_kept(value, dtype, device))
+    model.like, model.quant = torch.empty(0, dtype=dtype, device=device), quant
     model.op = choose_backend(op, device, sizes.head_size)
     return model.eval()
 

@@ -10,6 +10,7 @@ the GPU has in use, so leave it to this program alone.
 from __future__ import annotations
 
 import gc
+import math
 import statistics
 import time
 from dataclasses import dataclass, replace
@@ -137,13 +138,16 @@ def measure(case: Original, args: Any) -> dict[str, Any]:
     rows = case.micro_batch
     row: dict[str, Any] = {"size": case.size, "method": case.method, "ctx": case.ctx, "rows": rows, "op": args.op}
     settings: dict[str, Any] = dict(METHODS[case.method], precision=args.precision, op=args.op, ctx_len=case.ctx)
+    settings |= {"optim": args.optim, "master_weights": args.master_weights}
     if args.grad_checkpoint is not None:
         hint = settings_of(TrainConfig)["grad_checkpoint"].hint
         settings["grad_checkpoint"] = convert(args.grad_checkpoint, hint, "--grad-checkpoint")
     try:
         config = TrainConfig(Path("random"), ["random"], Path("unused"), micro_batch=rows, **settings).resolved()
         version, sizes = SIZES[case.size]
-        model = random_model(version, sizes, dtype, device, args.op)
+        on_cpu = device.type == "cuda" and case.method != "full"
+        kept = (args.quant, args.quant_head, args.embedding or ("cpu" if on_cpu else "gpu"))
+        model = random_model(version, sizes, dtype, device, args.op, *kept)
         if device.type == "cuda":
             torch.cuda.reset_peak_memory_stats(device)
         began = time.perf_counter()
@@ -169,7 +173,7 @@ def measure(case: Original, args: Any) -> dict[str, Any]:
 
 def flops_of(model: Rwkv, method: str) -> float:
     """Operations a token in the matrices, without what is computed again: 4 a weight, and 2 more where it trains."""
-    weights = sum(p.numel() for n, p in model.named_parameters() if n.endswith(".weight") and p.ndim == 2)
+    weights = sum(math.prod(s) for n, s in model.shapes().items() if n.endswith(".weight") and len(s) == 2)
     return float((weights - model.emb.weight.numel()) * (6 if method == "full" else 4))
 
 
@@ -196,6 +200,11 @@ def main() -> None:
         help="as of train; [for the original's runs what fits into its memory, else auto]",
     )
     parser.add_argument("--op", default="auto")
+    parser.add_argument("--quant", default="none")
+    parser.add_argument("--quant-head", action="store_true")
+    parser.add_argument("--embedding", choices=("cpu", "gpu"), help="[the CPU's memory where it does not train]")
+    parser.add_argument("--optim", default="adamw")
+    parser.add_argument("--master-weights", default="fp32")
     parser.add_argument("--precision", choices=list(DTYPES))
     parser.add_argument("--warm-up", type=int, default=6, help="steps")
     parser.add_argument("--windows", type=int, default=5)
@@ -203,7 +212,8 @@ def main() -> None:
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
-    how = {name: getattr(args, name) for name in ("precision", "op", "grad_checkpoint", "packed")}
+    names = ("precision", "op", "grad_checkpoint", "packed", "quant", "quant_head", "embedding", "optim")
+    how = {name: getattr(args, name) for name in (*names, "master_weights")}
     print(f"Training steps; {how}; {describe(device)}", flush=True)
     for case in cases_of(args):
         rows.append(measure(case, args))

@@ -310,7 +310,7 @@ def test_failing_tensors_leave_what_was_there(form: str, tmp_path: Path, monkeyp
     path, old = tmp_path / f"a{form}", {"x": torch.arange(3.0)}
     write_tensors(path, old)
 
-    def fail(tensors: Any, temporary: Path) -> None:
+    def fail(tensors: Any, temporary: Path, *_: Any) -> None:
         Path(temporary).write_bytes(b"half")
         raise RuntimeError("PytorchStreamWriter failed writing file\nsecond line")
 

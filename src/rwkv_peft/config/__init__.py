@@ -36,6 +36,6 @@ __all__ = [
     "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "MICRO_BATCH", "TRAIN_PARTS",
     "AdapterConfig", "ChatConfig", "ChatForm", "DataConfig", "DemoConfig", "DoctorConfig", "Dtype", "ExportConfig",
     "GenerateConfig", "InferenceConfig", "InspectConfig", "Mask", "MergeConfig", "OnBadLine", "Op", "Overlong",
-    "PrepareConfig", "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least", "check_method",
-    "check_part", "flag_of", "shares_of", "words",
+    "PrepareConfig", "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least",
+    "check_method", "check_part", "flag_of", "shares_of", "words",
 ]  # fmt: skip
