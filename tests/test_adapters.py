@@ -20,6 +20,7 @@ from rwkv_peft.checkpoint import read_tensors, write_tensors
 from rwkv_peft.config import AdapterConfig
 from rwkv_peft.errors import CheckpointError, ConfigError, OutputError
 from rwkv_peft.models import Rwkv
+from rwkv_peft.ops.matrix import Dense
 
 DEFAULT_TARGETS = ("att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value")
 SIZES: dict[str, Any] = {"layers": 2, "width": 64, "vocab_size": 257, "layer0_v": True}
@@ -643,7 +644,7 @@ def test_fewer_passes_give_the_formula(config: AdapterConfig, dtype: torch.dtype
     if dtype == torch.float64:
         layer.double()
     x = torch.randn(*shape, dtype=dtype, requires_grad=True)
-    assert layer.fused(x, layer.base.weight) is not None
+    assert layer.fused(x, Dense(layer.base.weight)) is not None
     weight = torch.randn(*shape[:-1], 36, dtype=dtype)
     inputs = [x, *layer.trained().values()]
     got, want = layer(x), layer.by_formula(x)

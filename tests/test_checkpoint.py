@@ -460,7 +460,8 @@ def test_a_state_goes_to_a_device() -> None:
         ({"device": "meta"}, "--device meta: not supported"),
         ({"device": "cuda:99"}, r"--device cuda:99: torch sees \d GPUs"),
         ({"op": "cudda"}, "--op cudda: unknown"),
-        ({"quant": "nf4"}, "--quant nf4: only none"),
+        ({"quant": "int3"}, "--quant int3: unknown; allowed are none int8"),
+        ({"quant_head": True}, "--quant-head: only with --quant"),
     ],
     ids=lambda value: str(value)[:20],
 )

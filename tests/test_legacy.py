@@ -93,8 +93,8 @@ RUNS: dict[str, tuple[str, str, str]] = {
     "scripts/demo-state-tuning.sh": (V6, f"{MODEL}--data_type binidx {SIZES}{STEPS}--pre_ffn 0 --head_qk 0 "
                                      f"--lr_init 1 --lr_final 1e-2 --warmup_steps 10 {ADAM}{GPU}"
                                      '--my_testing "x060" --train_type "state"  --dataload pad --fla', "state"),
-    "scripts/run_lora_fp8.sh, not quantised": (V6, OLD_ALL + '--my_testing "x060" '
-        + LORA.replace("}", ',"lora_parts":"att,ffn"}') + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA"',
+    "scripts/run_lora_fp8.sh": (V6, OLD_ALL + '--my_testing "x060" '
+        + LORA.replace("}", ',"lora_parts":"att,ffn"}') + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA" --quant "fp8"',
         "lora 32"),
     "scripts/test.sh, all weights": (V7, ALL + PAD + '--my_testing "x070" --fla', "full"),
     "demo/demo-lora.sh": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT, "lora 64 time ln"),
@@ -288,8 +288,8 @@ ERRORS = [
     ("--load_model nope.pth --n_embd 64", "nope.pth: no such file"),
     ("--train_type infctx --chunk_ctx 512 --ctx_len 2048",
      "--train_type infctx: infinite context is not there yet; .*--ctx_len.*--grad_cp 1"),
-    ("--quant int8", "--quant int8: quantised training is not there yet;"),
-    ("--quant nf4 --strategy ddp", "--quant nf4: quantised training is not there yet;"),
+    ("--quant int3", "--quant int3: .*nf4"),
+    ("--quant nf4 --train_type infctx", "--train_type infctx: infinite context is not there yet"),
     ("--devices 2", "--devices 2: several devices are not there yet"),
     ("--num_nodes 2", "--num_nodes 2: several nodes are not there yet"),
     ("--precision fp16", "--precision fp16: not there yet; choose bf16, or fp32"),
@@ -369,8 +369,6 @@ ERRORS = [
 
 ERRORS = [(BASE + flags, message) for flags, message in ERRORS] + [
     # whole scripts
-    (OLD_ALL + '--my_testing "x060" ' + LORA + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA" --quant "fp8"',
-     "--quant fp8: quantised training is not there yet"),
     (OLD_ALL + FLAT + '--my_testing "x060"  --dataload pad --PISSA --svd_niter 4 --wandb long --train_type infctx '
      "--chunk_ctx 2048 --fla", "--train_type infctx: infinite context is not there yet"),
     (OLD_ALL + "--dataload pad --loss_mask se --mask_id '{\"mask0\":\"<ltoken>\",\"mask01\":\"<rtoken>\"}' " + BONE,

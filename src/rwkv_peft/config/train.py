@@ -101,7 +101,7 @@ class TrainConfig(DataConfig, _Run):
     """Largest norm of the gradient; 0 switches clipping off."""
     logit_penalty: Annotated[float, ADVANCED] = 1e-4
     """Strength of RWKV's pull of the largest logit to 0; 0 switches it off."""
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
+    precision: Annotated[Literal["auto", "fp32", "bf16"], ADVANCED] = "auto"
     """Arithmetic of the matrices. [bf16 on a GPU, fp32 on a CPU]"""
     quant: Quant = "none"
     """Keep the frozen matrices in 8 or 4 bits: fp8 is the fastest on cards that have it, nf4 the smallest."""

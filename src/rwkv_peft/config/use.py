@@ -22,14 +22,14 @@ class MergeConfig:
     """File to write: `.pth` or `.safetensors`."""
     dtype: Literal["same", "fp32", "bf16", "fp16"] = "same"
     """Number format of the written tensors. [each as in the base]"""
-    onto: Literal["dense", "trained"] = "dense"
-    """After training with --quant: add to the base as it is, or to its matrices rounded as they were in training."""
     overwrite: bool = False
     """Replace the file if it exists."""
     alpha: float | None = None
     """For an original LoRA `.pth`, which does not hold it: the lora_alpha that it was trained with."""
     pissa_init: Path | None = None
     """For an original PiSSA `.pth`: its file of initial values. [init_pissa.pth beside it]"""
+    onto: Literal["dense", "trained"] = "dense"
+    """After training with --quant: add to the base as it is, or to its matrices rounded as they were in training."""
 
     def __post_init__(self) -> None:
         self.adapter = [Path(path) for path in words(self.adapter)]
