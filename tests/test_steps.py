@@ -22,7 +22,7 @@ from rwkv_peft.errors import TrainingError
 from rwkv_peft.models import Rwkv
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import BACKENDS
-from rwkv_peft.training.checkpointing import KEPT, LOSS, OPTIMISER, PASSING, choose_checkpoint
+from rwkv_peft.training.checkpointing import AVERAGES, KEPT, LOSS, PASSING, choose_checkpoint
 from rwkv_peft.training.graphs import NO_TARGET, Shape, flattened, why_not
 from rwkv_peft.training.metrics import StepRecord
 from rwkv_peft.training.outcome import Guard, Log, Outcome
@@ -277,7 +277,7 @@ def needed(model: Rwkv, tokens: int, modes: tuple[str, ...]) -> float:
     """Bytes, as `choose_checkpoint` reckons."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(KEPT[mode] for mode in modes) + PASSING
-    return kept * tokens * model.sizes.width * model.like.element_size() + LOSS + OPTIMISER * trained
+    return kept * tokens * model.sizes.width * model.like.element_size() + LOSS + (4 + AVERAGES) * trained
 
 
 def test_the_least_is_computed_anew_that_memory_asks_for(load: Callable[..., Rwkv]) -> None:

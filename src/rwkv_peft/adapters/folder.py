@@ -24,7 +24,7 @@ from ..files import write_folder, write_text
 from ..models import STATES, Rwkv
 from . import foreign
 from .attach import ADAPTERS, adapted, is_merged, unmerged, wrap
-from .base import AdaptedLinear
+from .base import AdaptedLinear, unshortened
 from .reading import FORMAT, check_fit, read_adapter
 from .saved import SavedAdapter, file_name
 from .trainable import add_parts, freeze, make_trainable
@@ -142,10 +142,11 @@ def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
 
 
 def trained_parts(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Every parameter that trains, or came with an adapter, and is not an adapter's own."""
+    """Every parameter that trains, or came with an adapter, and is not an adapter's own; in float32."""
     own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained()} | foreign.parameters(model)
     parts = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
-    return parts | {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
+    parts |= {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
+    return {name: unshortened(p.data) for name, p in parts.items()}
 
 
 def split_states(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
