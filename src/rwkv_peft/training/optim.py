@@ -50,7 +50,7 @@ def is_lean(config: TrainConfig) -> bool:
 
 
 def bytes_of_averages(optim: str) -> float:
-    """What an optimiser keeps on the device for a parameter; of those that keep less than AdamW, what that keeps."""
+    """What an optimiser keeps on the device for a parameter; Adafactor and Muon, which keep less, pass for AdamW."""
     bits, paged = ADAMW.get(optim, ADAMW["adamw"])
     return 0 if paged else 2 * bits / 8
 
