@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 import re
 import sys
@@ -528,6 +529,24 @@ def test_a_run_in_bf16(peft: str, tmp_path: Path, model_file: Callable[..., Path
     assert torch.equal(head, head.bfloat16().float())
     again = replace(config, adapter=done.result, out=tmp_path / "again", train_parts=("none",))
     assert rp.train(again, Console(file=io.StringIO())).losses[0] < done.losses[0]
+
+
+def test_a_run_takes_steps_early_where_it_can(
+    tmp_path: Path, model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without clipping; it is the same run, and the engine has no step to take."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some text to learn"}\n' * 8)
+    config = TrainConfig(
+        model_file(), [data], tmp_path / "one", optim="adamw8bit", clip=1e9, max_steps=3, micro_batch=2, device="cpu"
+    )
+    want = rp.train(config, Console(file=io.StringIO()))
+    monkeypatch.setattr(SingleProcess, "step", None)
+    got = rp.train(replace(config, clip=0, out=tmp_path / "two"), Console(file=io.StringIO()))
+    assert got.losses == want.losses
+    records = [(run.out / "metrics.jsonl").read_text().splitlines() for run in (want, got)]
+    norms = [[json.loads(line)["grad_norm"] for line in lines] for lines in records]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
 
 
 def test_lengths_of_rows_are_taken_in_float32(load: Callable[..., Rwkv]) -> None:

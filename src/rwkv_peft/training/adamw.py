@@ -56,6 +56,7 @@ class LeanAdamW(torch.optim.Optimizer):
         self.maps = quantisers(p.device)
         self.found_inf = torch.zeros((), device=p.device)
         self.tables: list[list[Table]] = []  # of each group
+        self.alone: dict[Tensor, Table] = {}
 
     def parameters(self) -> Iterator[Tensor]:
         """All, in the order of the groups."""
@@ -64,21 +65,33 @@ class LeanAdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
         """Change the parameters."""
-        on_gpu = self.maps.is_cuda
-        if on_gpu and not self.tables:
-            self.tables = [self._tables(group["params"]) for group in self.param_groups]
-        if not on_gpu and self.found_inf:
-            return
-        for i, group in enumerate(self.param_groups):
+        rates = self.next_rates()
+        if self.maps.is_cuda:
+            self.tables = self.tables or [self._tables(group["params"]) for group in self.param_groups]
+            for tables, rate in zip(self.tables, rates, strict=True):
+                for table in tables:
+                    table.step(rate, self.maps, self.found_inf)
+        else:
+            for group, rate in zip(self.param_groups, rates, strict=True):
+                for p in group["params"]:
+                    self.change(p, rate)
+
+    @torch.no_grad()
+    def change(self, p: Tensor, rates: Rates) -> None:
+        """Change one parameter alone, if it has a gradient; for those who call `next_rates` themselves."""
+        if self.maps.is_cuda:
+            if p not in self.alone:
+                (self.alone[p],) = self._tables([p])
+            self.alone[p].step(rates, self.maps, self.found_inf)
+        elif p.grad is not None and not self.found_inf:
+            adamw(p, p.grad, self.state[p], rates, self.maps, self.first[p])
+
+    def next_rates(self) -> list[Rates]:
+        """Those of each group for the next step, which is counted with this."""
+        for group in self.param_groups:
             group["step"] += 1
-            rates = Rates.of(*(group[name] for name in ("lr", "weight_decay", "betas", "eps", "step", "seed")))
-            if on_gpu:
-                for table in self.tables[i]:
-                    table.step(rates, self.maps, self.found_inf)
-                continue
-            for p in group["params"]:
-                if p.grad is not None:
-                    adamw(p, p.grad, self.state[p], rates, self.maps, self.first[p])
+        names = ("lr", "weight_decay", "betas", "eps", "step", "seed")
+        return [Rates.of(*(group[name] for name in names)) for group in self.param_groups]
 
     def _tables(self, parameters: list[Tensor]) -> list[Table]:
         """One for each kind of tensors among these."""
