@@ -22,7 +22,9 @@ import rwkv_peft as rp
 from conftest import random_model, random_tokens
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import BACKENDS
+from rwkv_peft.ops.adam import SMALL, Rates, averages_of, quantisers
 from rwkv_peft.ops.triton import activations
+from rwkv_peft.ops.triton.adam import Table
 from rwkv_peft.ops.triton.loss import cross_entropy
 
 
@@ -62,7 +64,19 @@ def main(version: str, precision: str) -> None:
         model(random_tokens(257, 2, 40))
     logits = torch.randn(8, 257, dtype=model.like.dtype)
     cross_entropy(logits, torch.arange(8), 1e-4, torch.empty(8, 2), logits)
+    take_steps(torch.bfloat16 if precision == "bf16" else torch.float32)
     print(*sorted(compiled))
+
+
+def take_steps(dtype: torch.dtype) -> None:
+    """Of AdamW, with averages of each number of bits; of numbers that are read 16 bytes at a time, and of others."""
+    maps, skip = quantisers(torch.device("cpu")), torch.zeros(())
+    for bits in (32, 8):
+        for size in (SMALL, SMALL + 1):
+            p = torch.zeros(size, dtype=dtype)
+            p.grad = torch.zeros_like(p)
+            table = Table([p], [averages_of(p, bits, paged=False)], [0])
+            table.step(Rates.of(0.1, 0.1, (0.9, 0.99), 1e-8, 1, 0), maps, skip)
 
 
 if __name__ == "__main__":

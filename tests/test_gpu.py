@@ -28,6 +28,7 @@ from rwkv_peft.errors import TrainingError
 from rwkv_peft.ops import BACKENDS, choose_backend, cuda, reference
 from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.graphs import Graphs, Shape
+from rwkv_peft.training.optim import build_optimizer, keep_in_bf16
 from rwkv_peft.training.outcome import Guard, Outcome
 from rwkv_peft.training.step import MicroBatches
 from test_ops import DOCUMENTS, assert_same, cast, make_inputs, make_state, results
@@ -312,17 +313,25 @@ def documents(seed: int, *lengths: int) -> Batch:
 
 @pytest.mark.parametrize("graphs", [True, False], ids=["graph", "plain"])
 @pytest.mark.parametrize("name", ["triton", "cuda"])
-@pytest.mark.parametrize("version", ["x070", "x060", "x052"])
-def test_a_step_never_waits_for_the_gpu(version: str, name: str, graphs: bool, model_file: Callable[..., Path]) -> None:
+@pytest.mark.parametrize(
+    ("version", "optim"),
+    [*((version, "adamw") for version in ("x070", "x060", "x052")), ("x070", "adamw8bit"), ("x070", "paged-adamw")],
+)
+def test_a_step_never_waits_for_the_gpu(
+    version: str, optim: str, name: str, graphs: bool, model_file: Callable[..., Path]
+) -> None:
     """From the batch to the new weights, with documents that it has not seen before."""
     if (reason := BACKENDS[name].supports(torch.device("cuda"), 64)) is not None:
         pytest.skip(f"{name}: {reason}")
     model = rp.load_model(model_file(version=version, layers=3, width=256, head_size=64), "bf16", "cuda", op=name)
-    rp.attach_adapter(model, rp.AdapterConfig(rank=8), ("time", "ln", "state"))
+    rp.attach_adapter(model, rp.AdapterConfig(rank=32), ("time", "ln", "state"))
     model.draws = False
     model.grad_checkpoint = ("operator", "selective", "block")
     trained = [p for p in model.train().parameters() if p.requires_grad]
-    optimizer, engine = torch.optim.AdamW(trained, lr=1e-3, fused=True), SingleProcess()
+    config = rp.TrainConfig(Path("m"), ["d"], Path("o"), optim=optim).resolved()
+    if optim != "adamw":
+        keep_in_bf16(model)
+    optimizer, engine = build_optimizer(model, config), SingleProcess()
     micro_batches, guard = MicroBatches(model, 1e-4, engine.backward, graphs), Guard(optimizer, model.like.device)
     assert not guard.waits
 

@@ -98,7 +98,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
         "lora 32"),
     "scripts/test.sh, all weights": (V7, ALL + PAD + '--my_testing "x070" --fla', "full"),
     "demo/demo-lora.sh": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT, "lora 64 time ln"),
-    "demo/demo-pissa.sh, not quantised": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT + "--PISSA --svd_niter 4",
+    "demo/demo-pissa.sh": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT + "--PISSA --svd_niter 4 --quant nf4",
                                           "pissa 64 time ln"),
     "README of RWKV-5": (V5, OLD_ALL.replace("stage_1", "stage_2") + FLAT, "lora 64 time ln"),
     "README: DiSHA(Bone)": (V7, ALL + SFT + DISHA + '--my_testing "x070"', "bone 64 time ln"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import math
 import re
 import sys
@@ -14,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 import torch.nn.functional as F
 from rich.console import Console
@@ -25,7 +27,14 @@ from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.errors import ConfigError
 from rwkv_peft.models import Rwkv
 from rwkv_peft.training.engine import SingleProcess
-from rwkv_peft.training.optim import build_optimizer, lr_scale, parameter_groups, set_rates
+from rwkv_peft.training.optim import (
+    build_optimizer,
+    check_optimizer,
+    keep_in_bf16,
+    lr_scale,
+    parameter_groups,
+    set_rates,
+)
 from rwkv_peft.training.schedule import learning_rate, weight_decay
 
 ROOT = Path(__file__).parents[1]
@@ -282,7 +291,7 @@ def give_gradients(model: nn.Module, seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     for p in model.parameters():
         if p.requires_grad:
-            p.grad = torch.randn(p.shape, generator=generator).to(p.device)
+            p.grad = torch.randn(p.shape, generator=generator).to(p)
 
 
 def take_steps(model: nn.Module, optimizer: torch.optim.Optimizer, config: TrainConfig, steps: range) -> None:
@@ -334,7 +343,7 @@ def test_only_matrices_decay(optim: str, load: Callable[..., Rwkv]) -> None:
     [("adamw", "cpu"), pytest.param("adamw", "cuda", marks=gpu), pytest.param("paged-adamw", "cuda", marks=gpu)],
 )
 def test_adamw_is_its_formula(optim: str, device: str, load: Callable[..., Rwkv]) -> None:
-    """Loshchilov & Hutter 2019 (arXiv 1711.05101) in float64. bitsandbytes decays after the step on a GPU."""
+    """Loshchilov & Hutter 2019 (arXiv 1711.05101) in float64."""
     model = tuned(load, device)
     config = settings(optim=optim, lr=1e-2, lr_state=0.05, layerwise_lr=True, weight_decay=0.1, weight_decay_final=0.3)
     (b1, b2), eps = config.betas, config.adam_eps
@@ -351,9 +360,9 @@ def test_adamw_is_its_formula(optim: str, device: str, load: Callable[..., Rwkv]
                 m, v = b1 * m + (1 - b1) * g, b2 * v + (1 - b2) * g * g
                 move = group["lr"] * m / (1 - b1 ** (step + 1)) / ((v / (1 - b2 ** (step + 1))).sqrt() + eps)
                 keep = 1 - group["lr"] * group["weight_decay"]
-                want[name] = (keep * x - move if optim == "adamw" else keep * (x - move)), m, v
+                want[name] = keep * x - move, m, v
     errors = {n: difference(p.cpu(), want[n][0]) for n, p in trained(model).items()}
-    assert max(errors.values()) < (1e-6 if optim == "adamw" else 1e-5), errors
+    assert max(errors.values()) < 1e-6, errors
 
 
 @pytest.mark.parametrize("device", ["cpu", on_a_gpu])
@@ -408,10 +417,13 @@ def test_adafactor_steps_are_as_long_as_the_rate(size: float, load: Callable[...
 # --- state
 
 
-def assert_continues(optim: str, device: str, load: Callable[..., Rwkv], **sizes: Any) -> torch.optim.Optimizer:
+def assert_continues(optim: str, master: str, device: str, load: Callable[..., Rwkv]) -> torch.optim.Optimizer:
     """A new optimiser with the state of another, through a file, goes on as that one does, bit for bit; that one."""
-    config = settings(optim=optim, lr=1e-2, weight_decay=0.1)
-    one, two = tuned(load, device, **sizes), tuned(load, device, **sizes)
+    config = settings(optim=optim, lr=1e-2, weight_decay=0.1, master_weights=master, precision="bf16")
+    one, two = tuned(load, device, vocab_size=1024), tuned(load, device, vocab_size=1024)
+    if master == "bf16":
+        keep_in_bf16(one)
+        keep_in_bf16(two)
     first, second = build_optimizer(one, config), build_optimizer(two, config)
     take_steps(one, first, config, range(3))
     take_steps(two, second, config, range(1))  # what it has is replaced
@@ -428,15 +440,18 @@ def assert_continues(optim: str, device: str, load: Callable[..., Rwkv], **sizes
 
 
 @pytest.mark.parametrize("device", ["cpu", on_a_gpu])
-@pytest.mark.parametrize("optim", EVERYWHERE)
-def test_state_continues_exactly(optim: str, device: str, load: Callable[..., Rwkv]) -> None:
-    assert_continues(optim, device, load)
+@pytest.mark.parametrize(
+    ("optim", "master"), [*((optim, "fp32") for optim in EVERYWHERE), ("adamw", "bf16"), ("adamw8bit", "bf16")]
+)
+def test_state_continues_exactly(optim: str, master: str, device: str, load: Callable[..., Rwkv]) -> None:
+    assert_continues(optim, master, device, load)
 
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")
+@pytest.mark.parametrize("master", ["fp32", "bf16"])
 @pytest.mark.parametrize("optim", PAGED)
-def test_paged_state(optim: str, load: Callable[..., Rwkv]) -> None:
+def test_paged_state(optim: str, master: str, load: Callable[..., Rwkv]) -> None:
     """Large tensors have it, after `load_state_dict` too; it changes no result, and it continues exactly."""
     config = settings(optim=optim, lr=1e-2)
     models = [tuned(load, "cuda", vocab_size=4096) for _ in range(2)]
@@ -444,11 +459,105 @@ def test_paged_state(optim: str, load: Callable[..., Rwkv]) -> None:
     for model, optimizer in zip(models, optimizers, strict=True):
         take_steps(model, optimizer, config, range(5))
     got, want = (trained(model) for model in models)
-    assert max(difference(got[n], want[n]) for n in want) < 1e-5
-    for optimizer in optimizers[0], assert_continues(optim, "cuda", load, vocab_size=4096):
-        large = [p for g in optimizer.param_groups for p in g["params"] if p.numel() > 1e5]
-        assert len(large) == 2
-        assert all(optimizer.state[p][name].is_paged for p in large for name in ("state1", "state2"))
+    assert max(difference(got[n], want[n]) for n in want) < 1e-6
+    for optimizer in optimizers[0], assert_continues(optim, master, "cuda", load):
+        large = [p for g in optimizer.param_groups for p in g["params"] if p.numel() >= 4096]
+        assert len(large) >= 2
+        assert all(optimizer.state[p][name].is_pinned() for p in large for name in "mv")
+
+
+# --- parameters in bf16
+
+
+@pytest.mark.parametrize("device", ["cpu", on_a_gpu])
+@pytest.mark.parametrize("optim", ["adamw", "adamw8bit"])
+def test_learns_in_bf16(optim: str, device: str, load: Callable[..., Rwkv]) -> None:
+    """As `test_learns`: matrices in bf16, gradients too; vectors, mixes' own matrices and states in float32."""
+    model = rp.attach_adapter(load("bf16", width=128), AdapterConfig(rank=64), PARTS).to(device).train()
+    config = settings(optim=optim, lr=3e-3, lr_state=3e-2, warmup_steps=3, master_weights="bf16", precision="bf16")
+    keep_in_bf16(model)
+    short = {n for n, p in model.named_parameters() if p.requires_grad and p.dtype == torch.bfloat16}
+    assert short == {n for n in trained(model) if n in ("emb.weight", "head.weight") or ".lora_" in n}
+    assert "blocks.0.att.w1" not in short
+    optimizer = build_optimizer(model, config)
+    before, losses = trained(model), []
+    for step in range(30):
+        loss = loss_of(model)
+        losses.append(loss.item())
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert all(p.grad.dtype == p.dtype for p in model.parameters() if p.grad is not None)
+        SingleProcess().clip([p for p in model.parameters() if p.requires_grad], 1.0)
+        set_rates(optimizer, config, step, 30)
+        SingleProcess().step(optimizer)
+    assert losses[-1] < 0.5 * losses[0], losses
+    assert not [n for n, p in trained(model).items() if torch.equal(p, before[n])]
+
+
+def test_the_norm_of_mixed_gradients_is_exact_and_clipped() -> None:
+    """bf16 would round it to three digits."""
+    parts = [torch.nn.Parameter(torch.zeros(n, dtype=d)) for n, d in ((3000, torch.bfloat16), (500, torch.float32))]
+    for p in parts:
+        p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(1)).to(p.dtype)
+    want = torch.cat([p.grad.double() for p in parts]).norm()
+    assert float(SingleProcess().clip(parts, 0.0)) == pytest.approx(float(want), rel=1e-6)
+    assert float(SingleProcess().clip(parts, 2.0)) == pytest.approx(float(want), rel=1e-6)
+    assert float(torch.cat([p.grad.double() for p in parts]).norm()) == pytest.approx(2.0, rel=5e-3)
+
+
+@pytest.mark.parametrize("peft", ["lora", "pissa", "bone", "bat", "full"])
+def test_a_run_in_bf16(peft: str, tmp_path: Path, model_file: Callable[..., Path]) -> None:
+    """Its adapter is in float32, loads again and trains on; a full run's file has the base's number formats."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some text to learn"}\n' * 8)
+    base = model_file(width=128, dtype=torch.bfloat16)
+    config = TrainConfig(
+        base, [data], tmp_path / "run", peft=peft, rank=64, max_steps=3, micro_batch=2, lr=1e-2, device="cpu",
+        master_weights="bf16", precision="bf16", train_parts=("none",) if peft == "full" else ("time", "head"),
+    )  # fmt: skip
+    done = rp.train(config, Console(file=io.StringIO()))
+    assert done.losses[-1] < done.losses[0]
+    if peft == "full":
+        before, after = (torch.load(path, weights_only=True) for path in (base, done.result))
+        assert {n: x.dtype for n, x in before.items()} == {n: x.dtype for n, x in after.items()}
+        assert not torch.equal(before["blocks.0.att.key.weight"], after["blocks.0.att.key.weight"])
+        return
+    tensors = {
+        name: x for file in done.result.glob("*.safetensors") for name, x in safetensors.torch.load_file(file).items()
+    }
+    assert {x.dtype for x in tensors.values()} == {torch.float32}
+    head = tensors["head.weight"]
+    assert torch.equal(head, head.bfloat16().float())
+    again = replace(config, adapter=done.result, out=tmp_path / "again", train_parts=("none",))
+    assert rp.train(again, Console(file=io.StringIO())).losses[0] < done.losses[0]
+
+
+def test_a_run_takes_steps_early_where_it_can(
+    tmp_path: Path, model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without clipping; it is the same run, and the engine has no step to take."""
+    data = tmp_path / "data.jsonl"
+    data.write_text('{"text": "some text to learn"}\n' * 8)
+    config = TrainConfig(
+        model_file(), [data], tmp_path / "one", optim="adamw8bit", clip=1e9, max_steps=3, micro_batch=2, device="cpu"
+    )
+    want = rp.train(config, Console(file=io.StringIO()))
+    monkeypatch.setattr(SingleProcess, "step", None)
+    got = rp.train(replace(config, clip=0, out=tmp_path / "two"), Console(file=io.StringIO()))
+    assert got.losses == want.losses
+    records = [(run.out / "metrics.jsonl").read_text().splitlines() for run in (want, got)]
+    norms = [[json.loads(line)["grad_norm"] for line in lines] for lines in records]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_lengths_of_rows_are_taken_in_float32(load: Callable[..., Rwkv]) -> None:
+    """DoRA's, of bf16 factors."""
+    layer = rp.attach_adapter(load(width=128), AdapterConfig(rank=64, dora=True)).blocks[0].att.key
+    torch.nn.init.normal_(layer.lora_B.weight)
+    keep_in_bf16(layer)
+    assert layer.lora_A.weight.dtype == torch.bfloat16
+    a, b = layer.lora_A.weight.double(), layer.lora_B.weight.double()
+    want = (layer.base.weight.double() + layer.config.scale * b @ a).norm(dim=1)
+    assert difference(layer.row_lengths(), want.float()) < 1e-5
 
 
 # --- what cannot run
@@ -460,12 +569,51 @@ def refusal(model: Rwkv, **changes: Any) -> str:
     return str(caught.value)
 
 
-def test_a_missing_package(load: Callable[..., Rwkv], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    monkeypatch.setitem(sys.modules, "bitsandbytes.optim", None)
-    want = r"--optim adamw8bit: needs the package bitsandbytes \(.*\); pip install bitsandbytes"
-    assert re.fullmatch(want, refusal(load(), optim="adamw8bit"))
-    build_optimizer(load(), settings())
+def test_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Our own AdamW is a Triton kernel on a GPU."""
+    monkeypatch.setitem(sys.modules, "triton", None)
+    for changes, flag in (
+        ({"optim": "adamw8bit"}, "--optim adamw8bit"),
+        ({"optim": "paged-adamw"}, "--optim paged-adamw"),
+        ({"master_weights": "bf16"}, "--master-weights bf16"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            check_optimizer(settings(**changes), torch.device("cuda"))
+        assert re.fullmatch(rf"{flag}: needs the package triton \(.*\); pip install triton", str(caught.value))
+    check_optimizer(settings(), torch.device("cuda"))
+    check_optimizer(settings(optim="adamw8bit"), torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"optim": "muon"},
+            "--optim muon, only with adamw, adamw8bit, paged-adamw and paged-adamw8bit; leave one out",
+        ),
+        (
+            {"optim": "adafactor"},
+            "--optim adafactor, only with adamw, adamw8bit, paged-adamw and paged-adamw8bit; leave one out",
+        ),
+        ({"precision": "fp32"}, "--precision fp32; use --precision bf16, or leave it out"),
+        ({"peft": "peft:OFT"}, "--peft peft:OFT, which has its own; leave it out"),
+    ],
+    ids=str,
+)
+def test_bf16_cannot_go_with(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        settings(master_weights="bf16", **changes).check()
+    assert str(caught.value) == f"--master-weights bf16: not with {message}"
+
+
+def test_bf16_is_not_for_a_run_in_fp32() -> None:
+    """Nor one that is so by its device."""
+    with pytest.raises(ConfigError) as caught:
+        check_optimizer(settings(master_weights="bf16"), torch.device("cpu"))
+    want = "not with --precision auto on cpu, where it is fp32; add --precision bf16, or leave it out"
+    assert str(caught.value) == f"--master-weights bf16: {want}"
+    states = TrainConfig(Path("m"), [Path("d")], Path("r"), peft="state", master_weights="bf16")
+    assert states.without_effect() == ["--master-weights: no effect where no matrix trains"]
 
 
 @pytest.mark.parametrize("optim", PAGED)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,16 +17,19 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_peft as rp
 from conftest import difference, random_tokens
-from rwkv_peft.config import AdapterConfig
+from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.data.batches import Batch, beside, padded
 from rwkv_peft.data.masking import Encoded
 from rwkv_peft.errors import TrainingError
 from rwkv_peft.models import Rwkv
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import BACKENDS
-from rwkv_peft.training.checkpointing import KEPT, LOSS, OPTIMISER, PASSING, choose_checkpoint
+from rwkv_peft.training.checkpointing import AVERAGES, KEPT, LOSS, PASSING, choose_checkpoint
+from rwkv_peft.training.early import early_steps
+from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.graphs import NO_TARGET, Shape, flattened, why_not
 from rwkv_peft.training.metrics import StepRecord
+from rwkv_peft.training.optim import build_optimizer, set_rates
 from rwkv_peft.training.outcome import Guard, Log, Outcome
 from rwkv_peft.training.step import MicroBatches, batch_loss, loss_at
 
@@ -33,6 +38,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # on a CP
 PENALTY = 0.05
 
 versions = pytest.mark.parametrize("version", VERSIONS)
+gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
 
 
 def rows(*inputs: int) -> list[Encoded]:
@@ -277,7 +283,7 @@ def needed(model: Rwkv, tokens: int, modes: tuple[str, ...]) -> float:
     """Bytes, as `choose_checkpoint` reckons."""
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     kept = sum(KEPT[mode] for mode in modes) + PASSING
-    return kept * tokens * model.sizes.width * model.like.element_size() + LOSS + OPTIMISER * trained
+    return kept * tokens * model.sizes.width * model.like.element_size() + LOSS + (4 + AVERAGES) * trained
 
 
 def test_the_least_is_computed_anew_that_memory_asks_for(load: Callable[..., Rwkv]) -> None:
@@ -364,3 +370,66 @@ def test_a_checkpoint_repeats_no_last_product(mode: str, twice: set[str], peft: 
     names = ["att.receptance", "att.key", "att.value", "att.output", "ffn.key", "ffn.value"]
     want = {f"blocks.{i}.{n}": 2 if n in twice else 1 for i in range(2) for n in names}
     assert {n: c for n, c in products.count.items() if not n.startswith("blocks.") or n in want} == want
+
+
+# --- steps within the backward pass
+
+
+def run_of(
+    load: Callable[..., Rwkv], device: str, early: bool, spoil: str = "", steps: int = 3
+) -> tuple[Rwkv, list[float], set[str]]:
+    """A model after steps of lean AdamW, the norms of its gradients, and the names of those that were left."""
+    model = trained_model(load, "x070").to(device)
+    config = TrainConfig(Path("m"), ["d"], Path("o"), optim="adamw8bit", clip=0 if early else 1e9, lr=1e-2).resolved()
+    optimizer = build_optimizer(model, config)
+    taker = early_steps(config, model, optimizer, alone=True)
+    assert bool(taker) == early
+    if spoil:
+        model.get_parameter(spoil).register_hook(lambda gradient: gradient * math.nan)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    engine, norms, left = SingleProcess(), [], set()
+    for step in range(steps):
+        set_rates(optimizer, config, step, 3)
+        if taker:
+            taker.begin()
+        MicroBatches(model, PENALTY, engine.backward).run(BATCHES["documents"], 30)
+        left = {n for n, p in model.named_parameters() if p.grad is not None}
+        norms.append(float(taker.norm() if taker else engine.clip(trained, config.clip)))
+        if not taker:
+            engine.step(optimizer)
+    return model, norms, left
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_early_steps_are_the_same(device: str, load: Callable[..., Rwkv]) -> None:
+    """And leave no gradient."""
+    got, norms, left = run_of(load, device, early=True)
+    want, its, all_of_them = run_of(load, device, early=False)
+    assert norms == pytest.approx(its, rel=1e-5)
+    assert not left
+    parameters = {n: p for n, p in want.named_parameters() if p.requires_grad}
+    assert all_of_them == parameters.keys()
+    assert_same({n: p for n, p in got.named_parameters() if p.requires_grad}, parameters, 1e-6)
+
+
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=gpu)])
+def test_early_steps_take_no_nan(device: str, load: Callable[..., Rwkv]) -> None:
+    """Nothing becomes NaN, and nothing moves after that; what came before in the pass, a later layer, has moved."""
+    start, spoilt = trained_model(load, "x070").to(device), "blocks.0.ln2.weight"
+    model, norms, _ = run_of(load, device, early=True, spoil=spoilt, steps=2)
+    assert all(map(math.isnan, norms))
+    once = run_of(load, device, early=True, spoil=spoilt, steps=1)[0]
+    assert all(bool(p.isfinite().all()) for p in model.parameters())
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), once.parameters(), strict=True))
+    moved = {n for (n, p), q in zip(once.named_parameters(), start.parameters(), strict=True) if not torch.equal(p, q)}
+    assert "ln_out.weight" in moved
+    assert not moved & {spoilt, "blocks.0.ln1.weight", "blocks.0.att.key.lora_A.weight"}
+
+
+def test_early_steps_are_for_runs_that_can(load: Callable[..., Rwkv]) -> None:
+    model = trained_model(load, "x070")
+    plain = TrainConfig(Path("m"), ["d"], Path("o"), optim="adamw8bit", clip=0).resolved()
+    for changes, alone in ({"clip": 1.0}, True), ({"optim": "adamw"}, True), ({}, False):
+        config = replace(plain, **changes)
+        assert early_steps(config, model, build_optimizer(model, config), alone) is None
+    assert early_steps(plain, model, build_optimizer(model, plain), alone=True) is not None

@@ -17,6 +17,11 @@ from .saved import GENERAL
 TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")  # the tensors tell as much
 
 
+def unshortened(x: Tensor) -> Tensor:
+    """x in float32, if it has fewer bits."""
+    return x.float() if x.dtype.itemsize < 4 else x
+
+
 class AdaptedLinear(nn.Module, ABC):
     """A frozen base matrix with trained tensors beside it: y = W x + delta(x).
 
@@ -129,8 +134,8 @@ class AdaptedLinear(nn.Module, ABC):
         return {name: own[name] for name in self.tensors if name in own}
 
     def to_file(self) -> dict[str, Tensor]:
-        """The tensors as an adapter folder has them."""
-        return {name: parameter.data for name, parameter in self.trained().items()}
+        """The tensors as an adapter folder has them: in float32, however they are kept in training."""
+        return {name: unshortened(parameter.data) for name, parameter in self.trained().items()}
 
     def from_file(self, tensors: Mapping[str, Tensor]) -> None:
         """Take the values of `tensors`, which are in the form of `to_file`."""

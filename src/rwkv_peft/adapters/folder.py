@@ -25,7 +25,7 @@ from ..models import STATES, Rwkv
 from ..ops.matrix import QuantizedLinear
 from . import foreign
 from .attach import ADAPTERS, adapted, is_merged, unmerged, wrap
-from .base import AdaptedLinear
+from .base import AdaptedLinear, unshortened
 from .reading import FORMAT, check_fit, read_adapter
 from .saved import Base, SavedAdapter, file_name
 from .trainable import add_parts, freeze, make_trainable
@@ -146,10 +146,11 @@ def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
 
 
 def trained_parts(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Every parameter that trains, or came with an adapter, and is not an adapter's own."""
+    """Every parameter that trains, or came with an adapter, and is not an adapter's own; in float32."""
     own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained()} | foreign.parameters(model)
     parts = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
-    return parts | {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
+    parts |= {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
+    return {name: unshortened(p.data) for name, p in parts.items()}
 
 
 def split_states(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

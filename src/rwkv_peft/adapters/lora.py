@@ -17,7 +17,7 @@ from ..config import AdapterConfig
 from ..errors import ConfigError
 from ..ops.linear import add_product, low_rank_linear
 from ..ops.matrix import Matrix
-from .base import AdaptedLinear
+from .base import AdaptedLinear, unshortened
 
 STARTS = ("gaussian", "orthogonal")  # init_lora_weights, if it is no bool, that leave the base as it is
 TINY = torch.finfo(torch.float32).tiny  # in the place of 0, where a row of W is all zero
@@ -81,7 +81,8 @@ class LoraLinear(AdaptedLinear):
     @torch.no_grad()
     def row_lengths(self) -> Tensor:
         """|W + scale · B A| of each row (out,), without making that matrix; reads W twice, in its own dtype."""
-        a, b, W, scale = self.lora_A.weight, self.lora_B.weight, self.dense(), self.config.scale
+        a, b = unshortened(self.lora_A.weight), unshortened(self.lora_B.weight)
+        W, scale = self.dense(), self.config.scale
         products = torch.empty_like(b)
         add_product(products, W, a.T.to(W.dtype), keep=False)  # W Aᵀ
         squares: Tensor = torch.linalg.vector_norm(W, dim=1, dtype=b.dtype).square()

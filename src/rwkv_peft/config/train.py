@@ -155,6 +155,7 @@ class TrainConfig(DataConfig, _Run):
         self.check_base()
         self.check_data()
         self.check_evaluation()
+        self.check_master_weights()
         for name, remedy in (
             ("micro_batch", "try 1"), ("grad_accum", "try 1"), ("eval_every", "leave it out for ten in a run"),
             ("patience", "leave it out to train to the end"), ("max_steps", "leave it out to follow --epochs"),
@@ -193,6 +194,18 @@ class TrainConfig(DataConfig, _Run):
         if self.embedding == "cpu" and (self.peft == "full" or "emb" in self.parts()):
             raise ConfigError("--embedding cpu: the embedding trains; leave it out")
 
+    def check_master_weights(self) -> None:
+        """Raise `ConfigError` where what trains is to be kept in bf16, and cannot be."""
+        if self.master_weights == "fp32":
+            return
+        if not self.optim.endswith(("adamw", "adamw8bit")):
+            others = "only with adamw, adamw8bit, paged-adamw and paged-adamw8bit"
+            raise ConfigError(f"--master-weights bf16: not with --optim {self.optim}, {others}; leave one out")
+        if self.precision == "fp32":
+            raise ConfigError("--master-weights bf16: not with --precision fp32; use --precision bf16, or leave it out")
+        if self.peft.startswith(FOREIGN):
+            raise ConfigError(f"--master-weights bf16: not with --peft {self.peft}, which has its own; leave it out")
+
     def check_evaluation(self) -> None:
         """Raise `ConfigError` where what is said of measuring the loss contradicts itself."""
         if any(not source.strip() for source in self.eval_data):
@@ -230,6 +243,7 @@ class TrainConfig(DataConfig, _Run):
         if self.peft.startswith(FOREIGN):
             of_others -= {"targets", "peft_config"}
         has_state = self.peft == "state" or self.adapter is not None or bool({"state", "shift"} & set(self.parts()))
+        has_matrix = self.peft != "state" or bool({"emb", "head"} & set(self.parts()))
         is_usual = self.lr_final in (self.lr, None if self.lr is None else self.lr / 10)  # as `resolved` makes it
         rules: list[tuple[bool, set[str], str]] = [
             (True, of_others, f"with --peft {self.peft}"),
@@ -238,6 +252,7 @@ class TrainConfig(DataConfig, _Run):
             (self.schedule != "wsd", {"wsd_decay"}, f"with --schedule {self.schedule}"),
             (self.schedule == "constant" and not is_usual, {"lr_final"}, "with --schedule constant"),
             (self.optim == "adafactor", {"betas", "adam_eps"}, "with --optim adafactor"),
+            (not has_matrix, {"master_weights"}, "where no matrix trains"),
             (not has_state and self.lr_state != LR_STATE, {"lr_state"}, "where no state trains"),
             (self.sampling != "get", {"windows"}, f"with --sampling {self.sampling}"),
             (self.sampling != "pad", {"pad_side"}, f"with --sampling {self.sampling}"),

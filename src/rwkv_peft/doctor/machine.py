@@ -21,7 +21,7 @@ Line = tuple[str, str]
 
 GIB = 2**30
 NOT_INSTALLED = "not installed"
-PACKAGES = {"triton": "triton", "fla": "flash-linear-attention", "bitsandbytes": "bitsandbytes", "peft": "peft"}
+PACKAGES = {"triton": "triton", "fla": "flash-linear-attention", "peft": "peft"}
 
 
 def describe(device: torch.device) -> Iterator[Line]:

@@ -12,18 +12,18 @@ from ..models import Rwkv
 KEPT = {"block": 2.0, "selective": 6.5, "operator": 17.0, "none": 22.0}
 PASSING = 34.0  # what is there besides while a layer is computed anew and backward
 LOSS = 2**29  # bytes of the loss's logits and the like
-OPTIMISER = 12  # bytes of a parameter that trains: gradient and AdamW's averages
+AVERAGES = 8  # bytes of AdamW's for a parameter that trains, which has a gradient of its own size besides
 
 
-def choose_checkpoint(model: Rwkv, tokens: int, free: float) -> tuple[str, ...]:
+def choose_checkpoint(model: Rwkv, tokens: int, free: float, averages: float = AVERAGES) -> tuple[str, ...]:
     """For each layer the least to compute anew with which micro-batches of so many `tokens` fit into `free` bytes.
 
     A layer's channel-mix is worth keeping before its time-mix: it saves more time a byte. Only RWKV-7's operator keeps
-    much.
+    much. `averages` are the bytes that the optimiser keeps there for a parameter.
     """
     unit = tokens * model.sizes.width * model.like.element_size()
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    room = (free - OPTIMISER * trained - LOSS) / unit - PASSING
+    trained = sum(p.nbytes + averages * p.numel() for p in model.parameters() if p.requires_grad)
+    room = (free - trained - LOSS) / unit - PASSING
     modes = ["block"] * model.sizes.layers
     room -= KEPT["block"] * len(modes)
     for before, mode in pairwise(mode for mode in KEPT if mode != "operator" or model.wkv == 7):

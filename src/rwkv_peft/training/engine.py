@@ -28,11 +28,19 @@ class SingleProcess:
 
     def clip(self, parameters: Iterable[Tensor], max_norm: float) -> Tensor:
         """Scale the gradients down to `max_norm` (0: leave them), and return the norm they had."""
-        gradients = [p.grad for p in parameters if p.grad is not None]
-        norm = torch.nn.utils.get_total_norm(gradients)
+        kinds: dict[torch.dtype, list[Tensor]] = {}
+        for p in parameters:
+            if p.grad is not None:
+                kinds.setdefault(p.grad.dtype, []).append(p.grad)
+        norms = [
+            norm for dtype, gradients in kinds.items()
+            for norm in torch._foreach_norm(gradients, dtype=torch.promote_types(dtype, torch.float32))
+        ]  # fmt: skip
+        norm: Tensor = torch.linalg.vector_norm(torch.stack(norms))
         if max_norm > 0:
             scale = (max_norm / (norm + 1e-6)).clamp(max=1.0)
-            torch._foreach_mul_(gradients, scale)
+            for dtype, gradients in kinds.items():
+                torch._foreach_mul_(gradients, scale.to(dtype))
         return norm
 
     def step(self, optimizer: torch.optim.Optimizer, keep_gradients: bool = False) -> None:

@@ -10,6 +10,7 @@ from ..adapters import extra_loss
 from ..config import TrainConfig
 from ..data.sampling import Sampler
 from ..models import Rwkv
+from .early import early_steps
 from .engine import SingleProcess
 from .evaluation import Evaluation
 from .metrics import Metrics
@@ -36,10 +37,14 @@ def train_loop(
     trained = [p for p in model.parameters() if p.requires_grad]
     one = config.grad_accum == 1
     micro_batches = MicroBatches(model, config.logit_penalty, engine.backward, config.graphs, alone=one)
+    early = early_steps(config, model, optimizer, alone=one and not micro_batches.graphs and engine.world_size == 1)
     guard, log = Guard(optimizer, model.like.device), Log(metrics)
     for step in range(metrics.total_steps):
         batches = sampler.step(step, engine.rank, engine.world_size)
         targets = engine.sum(sum(len(batch.labels) for batch in batches))
+        lr = set_rates(optimizer, config, step, metrics.total_steps)
+        if early:
+            early.begin()
         loss = model.like.new_zeros((), dtype=torch.float32)
         for batch in batches:
             loss += micro_batches.run(batch, targets)
@@ -47,10 +52,10 @@ def train_loop(
         if extra is not None:
             engine.backward(extra)
 
-        lr = set_rates(optimizer, config, step, metrics.total_steps)
-        outcome = Outcome(step + 1, loss, engine.clip(trained, config.clip))
+        outcome = Outcome(step + 1, loss, early.norm() if early else engine.clip(trained, config.clip))
         guard.check(outcome)
-        engine.step(optimizer, keep_gradients=micro_batches.keeps_gradients)
+        if not early:
+            engine.step(optimizer, keep_gradients=micro_batches.keeps_gradients)
 
         log.add(outcome, lr, engine.sum(sum(batch.inputs for batch in batches)))
         if evaluation and (step + 1 == metrics.total_steps or (step + 1) % evaluation.every == 0):

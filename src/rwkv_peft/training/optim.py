@@ -11,11 +11,14 @@ from ..config import TrainConfig
 from ..errors import ConfigError
 from ..models import STATES
 from ..models.base import ChannelMix, TimeMix
+from ..ops.adam import SMALL
 from ..packages import optional
+from .adamw import LeanAdamW
 from .schedule import learning_rate, weight_decay
 
 DECAYS = ("att.w0", "att.time_decay")  # and of the decays: RWKV-7; RWKV-5 and 6
-BITSANDBYTES = {"adamw8bit": "AdamW8bit", "paged-adamw": "PagedAdamW", "paged-adamw8bit": "PagedAdamW8bit"}
+# bits of each of AdamW's averages, and whether they are in the CPU's memory
+ADAMW = {"adamw": (32, False), "adamw8bit": (8, False), "paged-adamw": (32, True), "paged-adamw8bit": (8, True)}
 # Of Adafactor. The first, squared, is the floor of the second moment; torch's own, 1e-7, is above many gradients. The
 # second is the size that small tensors are taken to have: with 1, --lr means what it means to AdamW.
 ADAFACTOR_EPS = (1e-16, 1.0)
@@ -26,25 +29,60 @@ Group = dict[str, Any]
 def build_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.Optimizer:
     """The optimiser that `config.optim` names, over everything that trains, in the groups of `parameter_groups`.
 
-    Raises ConfigError if its package is missing, or it cannot run with this torch, on this device, on these parameters.
+    Raises ConfigError if it cannot run with this torch, on this device, on these parameters.
     """
     groups = parameter_groups(model, config)
-    device = groups[0]["params"][0].device
+    check_optimizer(config, groups[0]["params"][0].device)
     adam: dict[str, Any] = {"betas": config.betas, "eps": config.adam_eps}
-    if config.optim == "adamw":
-        return torch.optim.AdamW(groups, fused=True, **adam)
     if config.optim == "adafactor":
         return torch.optim.Adafactor(groups, eps=ADAFACTOR_EPS)
     if config.optim == "muon":
         return MuonAdamW(groups, **adam)
-    optimizer: torch.optim.Optimizer = from_bitsandbytes(config.optim, device)(groups, **adam)
-    return optimizer
+    if is_lean(config):
+        bits, paged = ADAMW[config.optim]
+        return LeanAdamW(groups, **adam, bits=bits, paged=paged)
+    return torch.optim.AdamW(groups, fused=True, **adam)
 
 
-def check_optimizer(optim: str, device: torch.device) -> None:
-    """Raise ConfigError if this optimiser's package is missing, or if it cannot run on `device`."""
-    if optim in BITSANDBYTES:
-        from_bitsandbytes(optim, device)
+def is_lean(config: TrainConfig) -> bool:
+    """Whether it takes our own AdamW."""
+    return config.optim in ADAMW and (config.optim != "adamw" or config.master_weights == "bf16")
+
+
+def bytes_of_averages(optim: str) -> float:
+    """What an optimiser keeps on the device for a parameter; Adafactor and Muon, which keep less, pass for AdamW."""
+    bits, paged = ADAMW.get(optim, ADAMW["adamw"])
+    return 0 if paged else 2 * bits / 8
+
+
+def check_optimizer(config: TrainConfig, device: torch.device) -> None:
+    """Raise ConfigError if the optimiser cannot run on `device`, or what trains there cannot be kept as asked."""
+    optim = config.optim
+    if optim not in (*ADAMW, "adafactor", "muon"):
+        raise ConfigError(f"--optim {optim}: unknown; allowed are {' '.join((*ADAMW, 'adafactor', 'muon'))}")
+    if device.type != "cuda":
+        if optim.startswith("paged-"):
+            plain = optim.removeprefix("paged-")
+            raise ConfigError(f"--optim {optim}: needs a GPU, and the model is on {device.type}; use --optim {plain}")
+        if config.master_weights == "bf16" and config.precision == "auto":
+            raise ConfigError(
+                f"--master-weights bf16: not with --precision auto on {device.type}, where it is fp32; "
+                "add --precision bf16, or leave it out"
+            )
+    elif is_lean(config):
+        optional("triton", f"--optim {optim}" if config.master_weights == "fp32" else "--master-weights bf16")
+
+
+def keep_in_bf16(model: nn.Module) -> None:
+    """Store matrices that train, and are not small, in bf16.
+
+    Vectors, a mix's own low-rank matrices and learned states stay in float32: they are a few percent of the parameters,
+    and rounding hurts them most.
+    """
+    vectors = vectors_of(model)
+    for p in model.parameters():
+        if p.requires_grad and p.numel() > SMALL and is_matrix(p, vectors):
+            p.data = p.data.bfloat16()
 
 
 def parameter_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
@@ -54,12 +92,12 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
     for matrices. `muon`: whether Muon takes it, which takes matrices but not embeddings and the head. The low-rank
     matrices that a mix holds itself (RWKV-7's `w1`) count as vectors, as in the original (BlinkDL/RWKV-LM).
     """
-    vectors = {p for m in model.modules() if isinstance(m, TimeMix | ChannelMix) for p in m.parameters(recurse=False)}
+    vectors = vectors_of(model)
     tables = {m.weight for m in model.modules() if isinstance(m, nn.Embedding)}
     found: dict[tuple[float, bool, bool], list[Tensor]] = {}
     for name, p in model.named_parameters():
         if p.requires_grad:
-            decays = p not in vectors and p.ndim >= 2 and min(p.shape[-2:]) > 1
+            decays = is_matrix(p, vectors)
             muon = config.optim == "muon" and decays and p.ndim == 2 and p not in tables and name != "head.weight"
             found.setdefault((lr_scale(name, config), decays, muon), []).append(p)
     assert config.lr is not None
@@ -70,6 +108,16 @@ def parameter_groups(model: nn.Module, config: TrainConfig) -> list[Group]:
         }
         for (scale, decays, muon), params in found.items()
     ]  # fmt: skip
+
+
+def vectors_of(model: nn.Module) -> set[Tensor]:
+    """The parameters that mixes hold themselves, whatever their shape."""
+    return {p for m in model.modules() if isinstance(m, TimeMix | ChannelMix) for p in m.parameters(recurse=False)}
+
+
+def is_matrix(p: Tensor, vectors: set[Tensor]) -> bool:
+    """Whether a parameter is none of `vectors`, and has more than one row and column."""
+    return p not in vectors and p.ndim >= 2 and min(p.shape[-2:]) > 1
 
 
 def lr_scale(name: str, config: TrainConfig) -> float:
@@ -87,33 +135,6 @@ def set_rates(optimizer: torch.optim.Optimizer, config: TrainConfig, step: int, 
         group["lr"] = lr * group["lr_scale"]
         group["weight_decay"] = decay if group["decays"] else 0.0
     return lr
-
-
-def from_bitsandbytes(optim: str, device: torch.device) -> Any:
-    """A class of the package bitsandbytes. Raises ConfigError if it is not there, or cannot run on this device."""
-    if optim not in BITSANDBYTES:
-        allowed = ("adamw", *BITSANDBYTES, "adafactor", "muon")
-        raise ConfigError(f"--optim {optim}: unknown; allowed are {' '.join(allowed)}")
-    plain = optim.removeprefix("paged-")
-    if plain != optim and device.type != "cuda":
-        raise ConfigError(f"--optim {optim}: needs a GPU, and the model is on {device.type}; use --optim {plain}")
-    kind = getattr(optional("bitsandbytes.optim", f"--optim {optim}"), BITSANDBYTES[optim])
-    return kind if plain == optim else paged(kind)
-
-
-def paged(kind: Any) -> Any:
-    """A class of bitsandbytes that pages its state after `load_state_dict` too, where its own leaves it on the GPU."""
-
-    class Paged(kind):  # type: ignore[misc]
-        def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-            super().load_state_dict(state_dict, move_to_device=False)
-            for p, state in self.state.items():
-                for name in ("state1", "state2"):
-                    state[name] = self.get_state_buffer(p, state[name].dtype).copy_(state[name])
-                for name in state.keys() & {"qmap1", "qmap2", "absmax1", "absmax2"}:
-                    state[name] = state[name].to(p.device)
-
-    return Paged
 
 
 class MuonAdamW(torch.optim.Optimizer):

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..errors import TrainingError
+from .adamw import LeanAdamW
 from .metrics import Metrics, StepRecord
 
 
@@ -43,7 +44,7 @@ class Guard:
 
     def __init__(self, optimizer: torch.optim.Optimizer, device: torch.device) -> None:
         self.optimizer = optimizer
-        self.waits = device.type != "cuda" or type(optimizer) is not torch.optim.AdamW
+        self.waits = device.type != "cuda" or type(optimizer) not in (torch.optim.AdamW, LeanAdamW)
         self.bad = torch.zeros((), device=device)
 
     def check(self, outcome: Outcome) -> None:

@@ -42,7 +42,7 @@ from .engine import SingleProcess
 from .evaluation import Evaluation
 from .loop import train_loop
 from .metrics import Metrics
-from .optim import build_optimizer, check_optimizer
+from .optim import build_optimizer, bytes_of_averages, check_optimizer, keep_in_bf16
 
 LONGEST_NAME = 255  # bytes that file systems allow
 
@@ -77,7 +77,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     config = config.resolved()
     out = config.out
     check_out(out)
-    check_optimizer(config.optim, find_device(config.device))
+    check_optimizer(config, find_device(config.device))
     vocab_size = read_sizes(config.model).vocab_size
     tokenizer = tokenizer_for_data(config, vocab_size).with_special(config.special_tokens, vocab_size)
     data, held = load_for_training(config, tokenizer, vocab_size)
@@ -170,6 +170,8 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
         names = [name for part in parts for name in part_names(model, part)]
         check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
         make_trainable(model, names)
+    if config.master_weights == "bf16":
+        keep_in_bf16(model)
     model.draws = draws_random_numbers(model)
     model.grad_checkpoint = checkpoint_of(model, config)
     model.train()
@@ -182,7 +184,8 @@ def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
     if model.like.device.type != "cuda":
         return "none"
     assert config.micro_batch is not None
-    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device))
+    tokens, free = config.micro_batch * config.ctx_len, free_memory(model.like.device)
+    return choose_checkpoint(model, tokens, free, bytes_of_averages(config.optim))
 
 
 def check_continued(config: TrainConfig, model: Rwkv) -> None:
@@ -282,7 +285,7 @@ def check_out(out: Path) -> None:
 
 def check_space(out: Path, model: Rwkv) -> None:
     """Raise OutputError if what will be written at the end does not fit on the disk now."""
-    need = sum(p.nbytes for p in model.parameters() if p.requires_grad) + 2**20  # and the metrics
+    need = 4 * sum(p.numel() for p in model.parameters() if p.requires_grad) + 2**20  # and the metrics
     home = next(p for p in (out, *out.absolute().parents) if p.exists())
     free = shutil.disk_usage(home).free
     if free < need:
