@@ -1,8 +1,8 @@
-"""Quantised matrices: how long their dense weights and their products take, beside bf16: `python benchmarks/quant.py`.
+"""Quantised matrices: how long their dense weights and their products take, beside bf16: `benchmarks/quant.py`.
 
-A row is a matrix (outputs, inputs) and a number of tokens. Times are in ms: `dense` makes the weight, `forward` is x Wᵀ,
-`backward` is dy W, each with what it takes to read the format. `error` is the forward product's, relative to that of the
-dense bf16 weight; `bits` are those of a weight as stored.
+A row is a matrix (outputs, inputs) and a number of tokens. Times are in ms: `dense` makes the weight, `forward` is
+x Wᵀ, `backward` is dy W, each with what it takes to read the format. `error` is the forward product's, relative to that
+of the dense bf16 weight; `bits` are those of a weight as stored.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.data.batches import Batch
 from rwkv_peft.models import Rwkv
 from rwkv_peft.training.checkpointing import choose_checkpoint
-from rwkv_peft.training.engine import SingleProcess
+from rwkv_peft.training.engine import SingleProcess, lean_memory
 from rwkv_peft.training.loop import train_loop
 from rwkv_peft.training.metrics import StepRecord
 from rwkv_peft.training.optim import build_optimizer
@@ -210,6 +210,7 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a window")
     args = parser.parse_args()
+    lean_memory()
     device, rows = torch.device(args.device), []
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     names = ("precision", "op", "grad_checkpoint", "packed", "quant", "quant_head", "embedding", "optim")

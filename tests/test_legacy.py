@@ -94,7 +94,7 @@ RUNS: dict[str, tuple[str, str, str]] = {
                                      f"--lr_init 1 --lr_final 1e-2 --warmup_steps 10 {ADAM}{GPU}"
                                      '--my_testing "x060" --train_type "state"  --dataload pad --fla', "state"),
     "scripts/run_lora_fp8.sh": (V6, OLD_ALL + '--my_testing "x060" '
-        + LORA.replace("}", ',"lora_parts":"att,ffn"}') + '--train_parts [] --wandb "RWKV-PEFT FP8 Test LoRA" --quant "fp8"',
+        + LORA.replace("}", ',"lora_parts":"att,ffn"}') + '--train_parts [] --wandb "RWKV-PEFT FP8" --quant "fp8"',
         "lora 32"),
     "scripts/test.sh, all weights": (V7, ALL + PAD + '--my_testing "x070" --fla', "full"),
     "demo/demo-lora.sh": (V6, OLD_ALL + '--my_testing "x060" ' + FLAT, "lora 64 time ln"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable
 from typing import TypeVar
 
@@ -9,6 +10,16 @@ import torch
 from torch import Tensor
 
 Number = TypeVar("Number", int, float)
+
+
+def lean_memory() -> None:
+    """Let torch's memory of a GPU grow and shrink by pages, so that it does not end up in pieces.
+
+    To be called before anything is on the GPU; what the user has set stays.
+    """
+    names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
+    if not any(name in os.environ for name in names):
+        os.environ[names[0]] = "expandable_segments:True"
 
 
 class SingleProcess:

@@ -38,7 +38,7 @@ from ..loading import find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
 from ..yaml_config import to_yaml
 from .checkpointing import choose_checkpoint, free_memory
-from .engine import SingleProcess
+from .engine import SingleProcess, lean_memory
 from .evaluation import Evaluation
 from .loop import train_loop
 from .metrics import Metrics
@@ -83,6 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
+    lean_memory()
     model = load_base(config, saved)
     prepare(model, config, saved)
     model.form = form_of(config)
@@ -175,6 +176,8 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
     model.draws = draws_random_numbers(model)
     model.grad_checkpoint = checkpoint_of(model, config)
     model.train()
+    if model.like.is_cuda:
+        torch.cuda.empty_cache()  # of what was there on the way to here
 
 
 def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
