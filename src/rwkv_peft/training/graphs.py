@@ -91,7 +91,7 @@ class Graphs:
             return self._call(shape)
         if shape not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.empty_cache()  # the graphs have memory of their own: what the plain run took must not stay beside it
+            torch.cuda.empty_cache()  # the graphs have memory of their own, beside which that of the plain run goes
             with torch.cuda.graph(graph, pool=self.pool):
                 result = self._call(shape)
             self.graphs[shape] = graph, result, [p.grad for p in self.fresh]

@@ -174,10 +174,10 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
     if config.master_weights == "bf16":
         keep_in_bf16(model)
     model.draws = draws_random_numbers(model)
-    model.grad_checkpoint = checkpoint_of(model, config)
-    model.train()
     if model.like.is_cuda:
         torch.cuda.empty_cache()  # of what was there on the way to here
+    model.grad_checkpoint = checkpoint_of(model, config)
+    model.train()
 
 
 def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
