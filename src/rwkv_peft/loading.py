@@ -35,7 +35,7 @@ def load_model(
     number = find_dtype(dtype, place)
     tensors = read_tensors(path)
     kind, sizes = check_model(path, tensors)
-    model = _without_values(kind, sizes, tensors)
+    model = without_values(kind, sizes, tensors)
     backend = choose_backend(op, place, sizes.head_size)
     for name in [n for n, _ in model.named_parameters()]:
         check_finite(path, name, tensors[name])
@@ -62,7 +62,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     try:
         kind = find_version(shapes)
         sizes = kind.sizes_of(shapes)
-        model = _without_values(kind, sizes, shapes)
+        model = without_values(kind, sizes, shapes)
         expected = {name: tuple(p.shape) for name, p in model.named_parameters()}
         for name, shape in expected.items():
             if name not in shapes:
@@ -82,7 +82,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[R
     return kind, sizes
 
 
-def _without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str]) -> Rwkv:
+def without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str] = ()) -> Rwkv:
     """The model on the meta device, with a learned initial state if one of `names` is of one."""
     with torch.device("meta"):
         model = kind(sizes)
