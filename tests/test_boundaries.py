@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "data": set(),
     "adapters": {"checkpoint", "quant", "models", "ops"},
     "loading": {"checkpoint", "models", "ops", "quant", "adapters"},
-    "training": READERS | {"yaml_config"},
+    "training": READERS | {"plan", "yaml_config"},
     "inference": READERS | {"export"},
     "chat_repl": READERS | {"inference"},
     "export": READERS,

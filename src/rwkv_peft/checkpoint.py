@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import hashlib
+import io
+import json
+import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,6 +20,8 @@ from .files import write_atomic
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIXES = (".pth", ".safetensors")
+SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+LARGEST_HEADER = 10**8  # bytes, as that format has it
 
 
 def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Tensor]:
@@ -26,6 +33,24 @@ def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Ten
     path = Path(path)
     _check_readable(path)
     tensors = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+    _check_tensors(path, tensors, whole_numbers)
+    return tensors
+
+
+def read_header(path: Path | str) -> dict[str, Tensor]:
+    """As `read_tensors`, but without values, on the meta device: works for files that no memory here could hold."""
+    path = Path(path)
+    _check_readable(path)
+    try:
+        tensors = _pth_header(path) if path.suffix == ".pth" else _safetensors_header(path)
+    except Exception:  # an unusual or a damaged file, of which the slower way knows what to say
+        return read_tensors(path)
+    _check_tensors(path, tensors)
+    return tensors
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], whole_numbers: bool = False) -> None:
+    """Raise CheckpointError for an entry that is no named tensor of an allowed type."""
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise CheckpointError(
@@ -35,7 +60,6 @@ def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Ten
             raise CheckpointError(
                 f"{path}: tensor {name} is {tensor.dtype}; allowed are float types; get the unquantised file"
             )
-    return tensors
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor]) -> None:
@@ -137,6 +161,48 @@ def _why_not_pth(path: Path, message: str) -> str:
     if magic == b"PK":
         return f"{path}: is cut off or damaged ({path.stat().st_size:,} bytes); download it again"
     return f"{path}: is not a file of torch.save's zip form; download it again, or save it anew with torch.save"
+
+
+class _Header(pickle.Unpickler):
+    """Of the index in a `.pth`: knows tensors and nothing else, so no code in it can run."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) == ("collections", "OrderedDict"):
+            return dict
+        if (module, name) == ("torch._utils", "_rebuild_tensor_v2"):
+            return lambda dtype, offset, shape, *_: torch.empty(shape, dtype=dtype, device="meta")
+        if (module, name) == ("torch._utils", "_rebuild_parameter"):
+            return lambda tensor, *_: tensor
+        if module == "torch" and name.endswith("Storage"):
+            return getattr(torch, name).dtype
+        raise pickle.UnpicklingError(f"{module}.{name}")
+
+    def persistent_load(self, pid: Any) -> torch.dtype:
+        """The number format stands for the storage."""
+        dtype: torch.dtype = pid[1]
+        return dtype
+
+
+def _pth_header(path: Path) -> dict[str, Tensor]:
+    with zipfile.ZipFile(path) as archive:
+        index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
+        found = _Header(io.BytesIO(archive.read(index))).load()
+    return dict(found)
+
+
+def _safetensors_header(path: Path) -> dict[str, Tensor]:
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        if size > LARGEST_HEADER:
+            raise ValueError("no header")
+        entries = json.loads(file.read(size))
+    entries.pop("__metadata__", None)
+    if 8 + size + max(entry["data_offsets"][1] for entry in entries.values()) != path.stat().st_size:
+        raise ValueError("cut off")
+    return {
+        name: torch.empty(entry["shape"], dtype=SAFETENSORS[entry["dtype"]], device="meta")
+        for name, entry in entries.items()
+    }
 
 
 def _read_safetensors(path: Path) -> dict[str, Tensor]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from .adapters.state_tuning import add_shift, add_state
-from .checkpoint import DTYPES, check_finite, fingerprint, read_tensors
+from .checkpoint import DTYPES, check_finite, fingerprint, read_header, read_tensors
 from .errors import CheckpointError, ConfigError
 from .models import STATES, Rwkv, Sizes, find_version
 from .ops import choose_backend
@@ -50,7 +50,7 @@ def load_model(
 
 def read_sizes(path: Path | str) -> Sizes:
     """The sizes of the model in a file, from its header alone. Raises CheckpointError as `load_model` does."""
-    return check_model(path, read_tensors(path))[1]
+    return check_model(path, read_header(path))[1]
 
 
 def check_model(path: Path | str, tensors: Mapping[str, Tensor]) -> tuple[type[Rwkv], Sizes]:

@@ -22,3 +22,8 @@ class PlanConfig(TrainConfig):
     """Card that the run is for: its memory, e.g. `24GiB`, or `H100`. [the GPU of this machine, if it has one]"""
     device: str = "cuda"
     """`cuda` or `cuda:N`, which need not be there, or `cpu`."""
+
+    def check_reading(self) -> None:
+        """As of a run, where data are named."""
+        if self.data:
+            super().check_reading()

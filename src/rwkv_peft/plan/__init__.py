@@ -1,7 +1,7 @@
 """A memory plan: what a run needs of the GPU, of RAM and of the disk, before anything is loaded.
 
-`weights` counts parameters, `activations` what layers keep, `memory` puts them together, `fitting` looks for settings that
-fit, `command` is what a user sees. All work on a model without values, made from the header of its file.
+`weights` counts parameters, `activations` what layers keep, `memory` puts them together, `fitting` looks for settings
+that fit, `command` is what a user sees. All work on a model without values, made from the header of its file.
 """
 
 from __future__ import annotations

@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from torch import nn
 
-from ..adapters.base import AdaptedLinear
 from ..adapters.disha import BatLinear, BoneLinear
 from ..adapters.lora import LoraLinear, PissaLinear
 from ..models import Rwkv
@@ -124,15 +123,16 @@ class Activations:
         keeps much.
         """
         modes = ["block"] * len(self.layers)
-        kept, passing = self.kept(tuple(modes)), [layer.passing("block") for layer in self.layers]
+        best = tuple(modes)
+        kept, passing = self.kept(best), [layer.passing("block") for layer in self.layers]
         for before, mode in pairwise(mode for mode in MODES if mode != "operator" or wkv == 7):
             for i, layer in enumerate(self.layers):
                 kept += layer.kept(mode) - layer.kept(before)
                 passing[i] = layer.passing(mode)
-                if kept + max(self.loss, *passing) > room:
-                    return tuple(modes)
                 modes[i] = mode
-        return tuple(modes)
+                if kept + max(self.loss, *passing) <= room:
+                    best = tuple(modes)
+        return best
 
 
 def layer_of(block: Block, model: Rwkv, tokens: int, bytes_each: int, fused: bool) -> Layer:
@@ -158,9 +158,9 @@ def layer_of(block: Block, model: Rwkv, tokens: int, bytes_each: int, fused: boo
 
 def _adapted(module: nn.Module, is_kept: bool) -> float:
     """Numbers a token that a matrix keeps; `is_kept`: its input is kept in any case."""
-    if not isinstance(module, nn.Linear | AdaptedLinear):
+    if not hasattr(module, "in_features"):
         return 0.0
-    inputs = 0.0 if is_kept else float(module.in_features)
+    inputs = 0.0 if is_kept else float(module.in_features)  # type: ignore[arg-type]
     match module:
         case LoraLinear():
             inner = module.config.rank * (2 if isinstance(module, PissaLinear) else 1)
@@ -172,8 +172,7 @@ def _adapted(module: nn.Module, is_kept: bool) -> float:
         case BoneLinear():
             return float(module.config.rank)
         case _:
-            weight = module._parameters.get("weight")
-            return inputs if weight is not None and weight.requires_grad else 0.0
+            return inputs if any(p.requires_grad for p in module.parameters()) else 0.0
 
 
 def _is_low(name: str) -> bool:

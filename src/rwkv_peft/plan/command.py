@@ -65,9 +65,7 @@ def method_of(config: TrainConfig, saved: SavedAdapter | None) -> TrainConfig:
     return replace(config, peft=saved.config.peft if saved.config else "state")
 
 
-def print_fitting(
-    config: TrainConfig, outline: Outline, card: Card, on_gpu: bool, saved: SavedAdapter | None
-) -> bool:
+def print_fitting(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool, saved: SavedAdapter | None) -> bool:
     """The cheapest settings that fit, with their plan, and others; or the least that is needed."""
     if not on_gpu:
         raise ConfigError("--fit: is for a GPU's memory; leave out --device cpu")
@@ -76,7 +74,8 @@ def print_fitting(
     if not found:
         one = least(config, outline, card)
         print("\n".join(table(one.planned)))
-        print(f"does not fit {gib(card.free)}: needs at least {gib(one.planned.needs)}, with {one.flags or 'these settings'}")
+        needs = f"needs at least {gib(one.planned.needs)}, with {one.flags or 'these settings'}"
+        print(f"does not fit {gib(card.free)}: {needs}")
         print(f"would fit with {beyond_settings(config, outline, card, saved)}")
         return False
     best, *others = found
@@ -104,7 +103,8 @@ def table(planned: Plan) -> Iterator[str]:
     yield f"{'total':14} {planned.total / GIB:7.2f}  {where}  what torch allocates at most"
     yield f"{'process':14} {planned.process / GIB:7.2f}  {where}  with what torch does not count"
     if planned.on_gpu:
-        yield f"{'RAM':14} {planned.ram_peak / GIB:7.2f}  RAM  at most, without the data; {planned.ram / GIB:.2f} while training"
+        ram = f"at most, without the data; {planned.ram / GIB:.2f} while training"
+        yield f"{'RAM':14} {planned.ram_peak / GIB:7.2f}  RAM  {ram}"
     yield f"{'written':14} {planned.disk / GIB:7.2f}  disk"
     yield f"trains {planned.trained:,} parameters; --grad-checkpoint of layers: {planned.checkpointing()}"
     yield time_line(planned)

@@ -106,7 +106,8 @@ def levers(config: TrainConfig, outline: Outline, card: Card) -> list[list[tuple
 def halvings(config: TrainConfig) -> list[tuple[Changes, float]]:
     """Smaller micro-batches of which more are added up, so that a step has the same rows."""
     assert config.micro_batch is not None
-    rows, accum, cost, found = config.micro_batch, config.grad_accum, 0.0, []
+    rows, accum, cost = config.micro_batch, config.grad_accum, 0.0
+    found: list[tuple[Changes, float]] = []
     while rows % 2 == 0 and len(found) < MOST_HALVINGS:
         rows, accum = rows // 2, accum * 2
         cost += HALVING[rows * config.ctx_len >= FULL_ENOUGH]

@@ -12,7 +12,7 @@ from functools import cache
 from pathlib import Path
 
 from ..adapters import SavedAdapter
-from ..checkpoint import read_tensors
+from ..checkpoint import read_header
 from ..config import TrainConfig
 from ..loading import check_model
 from ..models import Rwkv, Sizes
@@ -101,7 +101,11 @@ class Outline:
 
     @staticmethod
     def of(
-        kind: type[Rwkv], sizes: Sizes, config: TrainConfig, names: Iterable[str] = (), saved: SavedAdapter | None = None
+        kind: type[Rwkv],
+        sizes: Sizes,
+        config: TrainConfig,
+        names: Iterable[str] = (),
+        saved: SavedAdapter | None = None,
     ) -> Outline:
         """Of a model of these sizes; `names` are those of its tensors, which tell whether it has a learned state."""
         return Outline(prepared(kind, sizes, names, config, saved))
@@ -109,7 +113,7 @@ class Outline:
     @staticmethod
     def of_file(path: Path, config: TrainConfig, saved: SavedAdapter | None = None) -> Outline:
         """Of the model in a file, of which only the header is read. Raises CheckpointError and ConfigError."""
-        tensors = read_tensors(path)
+        tensors = read_header(path)
         kind, sizes = check_model(path, tensors)
         return Outline(prepared(kind, sizes, tensors, config, saved), sum(t.nbytes for t in tensors.values()))
 
@@ -179,7 +183,7 @@ def workspace(config: TrainConfig, outline: Outline, each: int, on_gpu: bool) ->
 def modes_of(
     config: TrainConfig, outline: Outline, found: Activations, card: Card, on_gpu: bool, there: float, later: float
 ) -> tuple[str, ...]:
-    """What each layer computes anew. `there` are the bytes of model and workspace, `later` of gradients and averages."""
+    """What each layer computes anew; `there` are bytes of model and workspace, `later` of gradients and averages."""
     mode = config.grad_checkpoint
     if mode == "auto" and on_gpu and card.free is not None:
         context = 0.0 if card.has_context else CONTEXT

@@ -1,4 +1,4 @@
-"""How many parameters there are, of which sort, and how many bytes each takes: in the model, its gradient, its averages.
+"""How many parameters there are, of which sort, and how many bytes each takes: itself, its gradient, its averages.
 
 All counts are of a model on the meta device, whose adapters and learned states are where training puts them.
 """
@@ -9,10 +9,9 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
-from torch import nn
 
-from ..adapters import SavedAdapter
-from ..adapters.attach import ADAPTERS, attach_saved, find_targets, wrap
+from ..adapters import SavedAdapter, attach_saved
+from ..adapters.attach import ADAPTERS, find_targets, wrap
 from ..adapters.trainable import add_parts, freeze, make_trainable, part_names
 from ..config import FOREIGN, TrainConfig
 from ..loading import without_values
@@ -110,7 +109,13 @@ def optimiser_bytes(count: Count, optim: str) -> float:
             return count.numel * 8.0
 
 
+def learning_bytes(model: Rwkv, config: TrainConfig) -> float:
+    """Of the gradients and the averages of a model in which trains what is to train; paged averages are elsewhere."""
+    trained = [c for c in counts(model) if c.trains]
+    averages = 0.0 if config.optim.startswith("paged-") else sum(optimiser_bytes(c, config.optim) for c in trained)
+    return averages + sum(trained_bytes(c, config.master_weights) for c in trained)
+
+
 def largest(found: Iterable[Count], sort: str) -> int:
     """Values of the largest frozen tensor of a sort."""
     return max((c.numel for c in found if c.sort == sort and not c.trains), default=0)
-

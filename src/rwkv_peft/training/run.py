@@ -40,6 +40,7 @@ from .checkpointing import choose_checkpoint, free_memory
 from .engine import SingleProcess
 from .evaluation import Evaluation
 from .loop import train_loop
+from .memory import Forecast
 from .metrics import Metrics
 from .optim import build_optimizer, check_optimizer
 
@@ -67,7 +68,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     """Fine-tune as `config` says, and write the run's folder.
 
     Raises ConfigError, CheckpointError or DataError before anything is written; TrainingError if the loss or a gradient
-    is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
+    is NaN or Inf or memory ends, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
     saved = saved_adapter(config)
@@ -82,26 +83,32 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
-    model = load_model(config.model, config.precision, config.device, config.op)
-    prepare(model, config, saved)
+    forecast = Forecast.of(config, saved)
+    forecast.check()
+    with forecast.explaining():
+        model = load_model(config.model, config.precision, config.device, config.op)
+        prepare(model, config, saved)
     model.form = form_of(config)
     check_space(out, model)
     optimizer = build_optimizer(model, config)
     follow(model, optimizer, total)
     metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
-    for line in describe(config, model, data, held, sampler, total, idle):
+    for line in (*describe(config, model, data, held, sampler, total, idle), *forecast.lines()):
         metrics.say(line)
     evaluation = evaluation_of(config, model, held, total)
     try:
         with interruption() as stopped, metrics.progress:
             train_loop(config, model, sampler, optimizer, SingleProcess(), metrics, stopped, evaluation)
     except Exception as error:  # whatever it is, what was trained is not lost
+        told = forecast.explained(error)
         if not metrics.records:
-            raise
+            if told is error:
+                raise
+            raise told from error
         result = save(model, config, out)
         metrics.finish()
-        if isinstance(error, TrainingError):
-            raise TrainingError(f"{error}; what was trained until then is in {result}") from error
+        if isinstance(told, TrainingError):
+            raise TrainingError(f"{told}; what was trained until then is in {result}") from error
         metrics.say(f"broken off after {len(metrics.records)} steps; what was trained until then is in {result}")
         raise
     result = save(model, config, out)
@@ -166,7 +173,7 @@ def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
     if model.like.device.type != "cuda":
         return "none"
     assert config.micro_batch is not None
-    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device))
+    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device), config)
 
 
 def check_continued(config: TrainConfig, model: Rwkv) -> None:
