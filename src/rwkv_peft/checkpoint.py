@@ -21,6 +21,10 @@ from .files import write_atomic
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SUFFIXES = (".pth", ".safetensors")
 SAFETENSORS = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+STORAGES = {
+    "DoubleStorage": torch.float64, "FloatStorage": torch.float32, "HalfStorage": torch.float16,
+    "BFloat16Storage": torch.bfloat16,
+}  # fmt: skip
 LARGEST_HEADER = 10**8  # bytes, as that format has it
 
 
@@ -173,8 +177,8 @@ class _Header(pickle.Unpickler):
             return lambda dtype, offset, shape, *_: torch.empty(shape, dtype=dtype, device="meta")
         if (module, name) == ("torch._utils", "_rebuild_parameter"):
             return lambda tensor, *_: tensor
-        if module == "torch" and name.endswith("Storage"):
-            return getattr(torch, name).dtype
+        if module == "torch" and name in STORAGES:
+            return STORAGES[name]
         raise pickle.UnpicklingError(f"{module}.{name}")
 
     def persistent_load(self, pid: Any) -> torch.dtype:
