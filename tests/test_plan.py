@@ -345,6 +345,18 @@ def test_a_card_that_was_measured(big_file: Path, capsys: pytest.CaptureFixture[
     assert "no benchmark known for this run" in capsys.readouterr().out  # 13B was not
 
 
+def test_the_time_of_a_run_that_was_measured() -> None:
+    config = settings(micro_batch=4, ctx_len=8192, max_steps=100)
+    outline = Outline.of(MODELS["x070"], SMALL, config)
+    told = plan(config, outline, Card(79 * GIB, "NVIDIA H100 80GB HBM3")).time()
+    assert told is not None
+    assert told.startswith("about 333,697 tokens/s, measured on an H100 with lora")
+    assert told.endswith("; 3,276,800 tokens in 0 min")
+    assert plan(config, outline, Card(79 * GIB, "another")).time() is None
+    assert plan(replace(config, ctx_len=512), outline, Card(79 * GIB, "NVIDIA H100")).time() is not None
+    assert plan(replace(config, ctx_len=2048), outline, Card(79 * GIB, "NVIDIA H100")).time() is None
+
+
 # --- a run
 
 

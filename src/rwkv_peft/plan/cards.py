@@ -85,7 +85,7 @@ def find_card(text: str, device: torch.device) -> Card:
         return card_here(device)
     if text.upper() in KNOWN:
         return KNOWN[text.upper()]
-    return Card(size_in_bytes("--card", text))
+    return Card(size_in_bytes("--card", text), fp8=card_here(device).fp8)
 
 
 def card_here(device: torch.device) -> Card:

@@ -113,13 +113,8 @@ def table(planned: Plan) -> Iterator[str]:
 
 def time_line(planned: Plan) -> str:
     """How fast it would be, where that was measured."""
-    run = planned.measured
-    if run is None:
-        return f"time   no benchmark known for {'this run on this card' if planned.card.name else 'this card'}"
-    return (
-        f"time   about {run.speed:,} tokens/s, measured on an H100 with {run.method}, "
-        f"{run.tokens:,} tokens at once; a million tokens in {1e6 / run.speed:.0f} s"
-    )
+    card = "this run on this card" if planned.card.name else "this card"
+    return f"time   {planned.time() or f'no benchmark known for {card}'}"
 
 
 def verdict(planned: Plan) -> Iterator[str]:

@@ -55,6 +55,8 @@ class Plan:
     """Parameters."""
     card: Card
     on_gpu: bool
+    tokens: int | None
+    """Of the whole run, where --max-steps tells its length; what pads rows counts too."""
     measured: Measured | None = None
     notes: tuple[str, ...] = field(default=())
 
@@ -84,6 +86,14 @@ class Plan:
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
         ram = f"; RAM about {gib(self.ram_peak)}" if self.on_gpu else ""
         return f"needs about {gib(self.needs)}{free} on {where}: {parts or 'next to nothing'}{ram}"
+
+    def time(self) -> str | None:
+        """How fast the run is and how long it takes, where a run like it was measured."""
+        if self.measured is None:
+            return None
+        speed, method, tokens = self.measured.speed, self.measured.method, self.measured.tokens
+        length = "" if self.tokens is None else f"; {self.tokens:,} tokens in {self.tokens / speed / 60:.0f} min"
+        return f"about {speed:,} tokens/s, measured on an H100 with {method}, {tokens:,} tokens at once{length}"
 
     def checkpointing(self) -> str:
         """How many layers compute what anew."""
@@ -153,7 +163,8 @@ def plan(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool = True)
     peak = max(ram, PROCESS[on_gpu] + in_ram + 4 * max(c.numel for c in outline.counts)) + written(config, outline)
     run = measured(card, outline.sizes, outline.model.wkv, config.peft, tokens)
     disk = written(config, outline) * (2 if config.evaluates else 1)
-    return Plan(parts, context, ram, peak, disk, modes, count, card, on_gpu, run, notes_of(config, on_gpu))
+    length = None if config.max_steps is None else tokens * config.grad_accum * config.max_steps
+    return Plan(parts, context, ram, peak, disk, modes, count, card, on_gpu, length, run, notes_of(config, on_gpu))
 
 
 def frozen_parts(config: TrainConfig, outline: Outline, each: int, on_gpu: bool) -> tuple[dict[str, float], float]:

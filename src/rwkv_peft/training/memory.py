@@ -48,6 +48,8 @@ class Forecast:
     def lines(self) -> Iterator[str]:
         """For the beginning of a run."""
         yield f"memory {self.planned.summary()}"
+        if self.planned.measured:
+            yield f"time   {self.planned.time()}"
         warning = ram_warning(self.planned)
         if warning:
             yield f"note   {warning}"

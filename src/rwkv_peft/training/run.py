@@ -83,7 +83,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
-    forecast = Forecast.of(config, saved)
+    forecast = Forecast.of(replace(config, max_steps=total), saved)
     forecast.check()
     with forecast.explaining():
         model = load_model(config.model, config.precision, config.device, config.op)
