@@ -216,7 +216,7 @@ def default_text(default: Any) -> str:
     """The end of a setting's help; where the default is no plain value, the docstring says what it means."""
     if default is MISSING:
         return "(required)"
-    if default is None or default is False or default in ("auto", "same", "", (), ("auto",)):
+    if default is None or default is False or default in ("auto", "same", "", (), [], ("auto",)):
         return ""
     values = default if isinstance(default, tuple) else (default,)
     text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated
 
+from .common import ADVANCED
 from .train import TrainConfig
 
 
@@ -12,9 +14,9 @@ from .train import TrainConfig
 class PlanConfig(TrainConfig):
     """Say what a run would need of the GPU, of RAM and of the disk, from the model's header alone."""
 
-    data: list[str] = field(default_factory=list)
+    data: Annotated[list[str], ADVANCED] = field(default_factory=list)
     """Not needed here."""
-    out: Path = Path("out")
+    out: Annotated[Path, ADVANCED] = Path("out")
     """Not needed here."""
     fit: str = ""
     """Memory to fit into, e.g. `12GiB` or `12000MiB`: settings with which the run fits are proposed."""
