@@ -53,7 +53,9 @@ def prepared(
         make_trainable(model, [name for name, _ in model.named_parameters()])
         return model
     freeze(model)
-    if saved is not None and config.adapter is not None:
+    if saved is not None and saved.config is not None and saved.config.peft.startswith(FOREIGN):
+        pass  # PEFT would need values
+    elif saved is not None and config.adapter is not None:
         attach_saved(model, saved, config.adapter)
     elif config.peft in ADAPTERS:
         adapter = config.adapter_config()
