@@ -561,7 +561,7 @@ def test_what_was_trained_is_kept_whatever_breaks(
     broken: str, config: TrainConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(*args: Any) -> None:
-        raise MemoryError("no more")
+        raise RuntimeError("no more")
 
     whole = Sampler.step
 
@@ -572,7 +572,7 @@ def test_what_was_trained_is_kept_whatever_breaks(
         monkeypatch.setattr("rwkv_peft.training.metrics.draw_losses", fail)
     else:
         monkeypatch.setattr(Sampler, "step", batches)
-    with pytest.raises(MemoryError, match="no more"):
+    with pytest.raises(RuntimeError, match="no more"):
         run(config, max_steps=4)
     model = rp.load_adapter(rp.load_model(config.model), config.out / "adapter")
     assert any(bool(layer.lora_B.weight.any()) for layer in model.modules() if isinstance(layer, LoraLinear))

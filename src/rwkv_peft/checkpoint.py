@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .errors import CheckpointError, OutputError
 from .files import write_atomic
+from .mapped import UnusualError, map_tensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -26,7 +27,16 @@ def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Ten
     """
     path = Path(path)
     _check_readable(path)
-    tensors = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+    try:
+        tensors = map_tensors(path)
+    except UnusualError:  # which the slower way reads, or knows what to say of
+        tensors = _read_pth(path) if path.suffix == ".pth" else _read_safetensors(path)
+    _check_tensors(path, tensors, whole_numbers)
+    return tensors
+
+
+def _check_tensors(path: Path, tensors: Mapping[str, Tensor], whole_numbers: bool = False) -> None:
+    """Raise CheckpointError for an entry that is no named tensor of an allowed type."""
     for name, tensor in tensors.items():
         if not (isinstance(name, str) and isinstance(tensor, Tensor)):
             raise CheckpointError(
@@ -34,7 +44,6 @@ def read_tensors(path: Path | str, whole_numbers: bool = False) -> dict[str, Ten
             )
         if tensor.is_complex() or not (tensor.is_floating_point() or whole_numbers):
             raise not_float(path, name, tensor)
-    return tensors
 
 
 def not_float(path: Path | str, name: str, tensor: Tensor) -> CheckpointError:

@@ -19,7 +19,7 @@ from typing import Any, Literal, NoReturn, get_args, get_origin, get_type_hints
 from . import __version__, config
 from .commands import COMMANDS, INTERRUPTED, Command
 from .config import ADVANCED, ESCAPES, flag_of
-from .errors import ConfigError, RwkvPeftError
+from .errors import ConfigError, RwkvPeftError, is_out_of_memory
 from .yaml_config import build, convert, read_yaml, settings_of, suggestion
 
 PROGRAM = "rwkv-peft"
@@ -82,12 +82,6 @@ def run(argv: list[str]) -> int:
         if not is_out_of_memory(error):
             raise
         raise RwkvPeftError(f"out of memory; {command.if_memory_ends}") from error
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Whether memory ran out, on the GPU or here; torch has a type of its own only for the GPU."""
-    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
-    return isinstance(error, MemoryError | kind) or "can't allocate memory" in str(error)
 
 
 # Reading the command line
@@ -222,7 +216,7 @@ def default_text(default: Any) -> str:
     """The end of a setting's help; where the default is no plain value, the docstring says what it means."""
     if default is MISSING:
         return "(required)"
-    if default is None or default is False or default in ("auto", "same", "", (), ("auto",)):
+    if default is None or default is False or default in ("auto", "same", "", (), [], ("auto",)):
         return ""
     values = default if isinstance(default, tuple) else (default,)
     text = " ".join(f"{value:g}" if isinstance(value, float) else str(value) for value in values)

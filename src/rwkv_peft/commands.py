@@ -14,6 +14,7 @@ from .config import (
     GenerateConfig,
     InspectConfig,
     MergeConfig,
+    PlanConfig,
     PrepareConfig,
     TrainConfig,
 )
@@ -56,6 +57,13 @@ def prepare(config: PrepareConfig) -> None:
     from .preparation import prepare
 
     prepare(config)
+
+
+def plan(config: PlanConfig) -> int:
+    """Say what a run would need; 1 if it does not fit."""
+    from .plan import run_plan
+
+    return 0 if run_plan(config) else 1
 
 
 def inspect(config: InspectConfig) -> None:
@@ -109,6 +117,13 @@ COMMANDS = {
         train,
         if_memory_ends="try --grad-checkpoint block, or a smaller --micro-batch, --ctx-len or --rank",
         hint="The original's flags work too: docs/migration.md.",
+    ),
+    "plan": Command(
+        "what a run would need of the GPU, RAM and disk, before anything is loaded: plan MODEL [settings of train]",
+        PlanConfig,
+        plan,
+        ("model",),
+        hint="--fit 12GiB proposes settings that fit.",
     ),
     "inspect": Command(
         "look at data as training would see it, or at a model, adapter or state: inspect PATH...",

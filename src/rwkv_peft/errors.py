@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 
 class RwkvPeftError(Exception):
     """Base of every error that the command line prints as one message and exit code 2."""
@@ -25,3 +27,9 @@ class TrainingError(RwkvPeftError, ArithmeticError):
 
 class OutputError(RwkvPeftError, OSError):
     """Something that could not be written; what was there before is untouched."""
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether memory ran out, on the GPU or here; torch has a type of its own only for the GPU."""
+    kind = getattr(sys.modules.get("torch"), "OutOfMemoryError", MemoryError)
+    return isinstance(error, MemoryError | kind) or "can't allocate memory" in str(error)

@@ -154,7 +154,7 @@ def check_model(path: Path | str, tensors: Mapping[str, Entry]) -> tuple[type[Rw
     return kind, sizes
 
 
-def without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str]) -> Rwkv:
+def without_values(kind: type[Rwkv], sizes: Sizes, names: Iterable[str] = ()) -> Rwkv:
     """The model on the meta device, with a learned initial state if one of `names` is of one."""
     with torch.device("meta"):
         model = kind(sizes)

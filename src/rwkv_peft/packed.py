@@ -50,6 +50,10 @@ class Packed:
         """The number format that the weight had before; bf16 where the file does not tell."""
         return DTYPES.get(NUMBERS.get(self.settings.get("dtype", ""), ""), torch.bfloat16)
 
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors.values())
+
     def numel(self) -> int:
         return self.shape[0] * self.shape[1]
 

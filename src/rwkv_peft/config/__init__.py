@@ -20,6 +20,7 @@ from .data import (
     Windows,
     shares_of,
 )
+from .plan import PlanConfig
 from .train import LR, LR_STATE, TrainConfig
 from .use import (
     ChatConfig,
@@ -36,6 +37,6 @@ __all__ = [
     "ADVANCED", "ALIASES", "ESCAPES", "FOREIGN", "LR", "LR_STATE", "MEANT_FOR", "METHODS", "MICRO_BATCH", "TRAIN_PARTS",
     "AdapterConfig", "ChatConfig", "ChatForm", "DataConfig", "DemoConfig", "DoctorConfig", "Dtype", "ExportConfig",
     "GenerateConfig", "InferenceConfig", "InspectConfig", "Mask", "MergeConfig", "OnBadLine", "Op", "Overlong",
-    "PrepareConfig", "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig", "Windows", "at_least",
-    "check_method", "check_part", "flag_of", "shares_of", "words",
+    "PlanConfig", "PrepareConfig", "ReadConfig", "Sampling", "SamplingConfig", "TokenizerName", "TrainConfig",
+    "Windows", "at_least", "check_method", "check_part", "flag_of", "shares_of", "words",
 ]  # fmt: skip

@@ -49,12 +49,6 @@ def is_lean(config: TrainConfig) -> bool:
     return config.optim in ADAMW and (config.optim != "adamw" or config.master_weights == "bf16")
 
 
-def bytes_of_averages(optim: str) -> float:
-    """What an optimiser keeps on the device for a parameter; Adafactor and Muon, which keep less, pass for AdamW."""
-    bits, paged = ADAMW.get(optim, ADAMW["adamw"])
-    return 0 if paged else 2 * bits / 8
-
-
 def check_optimizer(config: TrainConfig, device: torch.device) -> None:
     """Raise ConfigError if the optimiser cannot run on `device`, or what trains there cannot be kept as asked."""
     optim = config.optim

@@ -41,8 +41,9 @@ from .checkpointing import choose_checkpoint, free_memory
 from .engine import SingleProcess, lean_memory
 from .evaluation import Evaluation
 from .loop import train_loop
+from .memory import Forecast
 from .metrics import Metrics
-from .optim import build_optimizer, bytes_of_averages, check_optimizer, keep_in_bf16
+from .optim import build_optimizer, check_optimizer, keep_in_bf16
 
 LONGEST_NAME = 255  # bytes that file systems allow
 
@@ -68,9 +69,10 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     """Fine-tune as `config` says, and write the run's folder.
 
     Raises ConfigError, CheckpointError or DataError before anything is written; TrainingError if the loss or a gradient
-    is NaN or Inf, after saving what was trained until then; OutputError if the disk fails.
+    is NaN or Inf or memory ends, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
+    lean_memory()
     saved = saved_adapter(config)
     config = going_on(config, saved)
     idle = config.without_effect()
@@ -83,33 +85,44 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     data, held = load_for_training(config, tokenizer, vocab_size)
     sampler = Sampler.of(config, data)
     total = config.max_steps or sampler.total_steps(config.epochs)
-    lean_memory()
-    model = load_base(config, saved)
-    prepare(model, config, saved)
+    forecast = Forecast.of(replace(config, max_steps=total), saved)
+    forecast.check()
+    with forecast.explaining():
+        model = load_base(config, saved)
+        prepare(model, config, saved)
     model.form = form_of(config)
     check_space(out, model)
     optimizer = build_optimizer(model, config)
     follow(model, optimizer, total)
     metrics = Metrics(out, to_yaml(config), total, model.like.device, console or Console())
-    for line in describe(config, model, data, held, sampler, total, idle):
+    for line in (*describe(config, model, data, held, sampler, total, idle), *forecast.lines()):
         metrics.say(line)
     evaluation = evaluation_of(config, model, held, total)
     try:
         with interruption() as stopped, metrics.progress:
             train_loop(config, model, sampler, optimizer, SingleProcess(), metrics, stopped, evaluation)
     except Exception as error:  # whatever it is, what was trained is not lost
+        told = forecast.explained(error)
         if not metrics.records:
-            raise
+            if told is error:
+                raise
+            raise told from error
         result = save(model, config, out)
         metrics.finish()
-        if isinstance(error, TrainingError):
-            raise TrainingError(f"{error}; what was trained until then is in {result}") from error
+        if isinstance(told, TrainingError):
+            raise TrainingError(f"{told}; what was trained until then is in {result}") from error
         metrics.say(f"broken off after {len(metrics.records)} steps; what was trained until then is in {result}")
         raise
     result = save(model, config, out)
     metrics.finish()
-    interrupted, steps = stopped(), len(metrics.records)
-    why = "stopped by hand" if interrupted else "done" if steps == total else "stopped, since it got no better,"
+    return ended(out, result, metrics, evaluation, stopped())
+
+
+def ended(out: Path, result: Path, metrics: Metrics, evaluation: Evaluation | None, interrupted: bool) -> RunResult:
+    """Say how a run ended, and what it left behind."""
+    steps = len(metrics.records)
+    is_whole = steps == metrics.total_steps
+    why = "stopped by hand" if interrupted else "done" if is_whole else "stopped, since it got no better,"
     metrics.say(f"{why} after {steps} steps: {result}")
     losses = [record.loss for record in metrics.records]
     if evaluation is None or evaluation.best is None:
@@ -187,8 +200,7 @@ def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
     if model.like.device.type != "cuda":
         return "none"
     assert config.micro_batch is not None
-    tokens, free = config.micro_batch * config.ctx_len, free_memory(model.like.device)
-    return choose_checkpoint(model, tokens, free, bytes_of_averages(config.optim))
+    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device), config)
 
 
 def check_continued(config: TrainConfig, model: Rwkv) -> None:
