@@ -72,11 +72,10 @@ def _tensor(whole: Tensor, place: Place, start: int, size: int) -> Tensor:
     found = whole[start : start + size]
     if len(found) != size:
         raise ValueError("cut off")
-    if found.storage_offset() % place.dtype.itemsize:
-        found = found.clone()
-    return found.view(place.dtype).as_strided(
-        place.shape, place.stride, found.storage_offset() // place.dtype.itemsize + place.offset
-    )
+    first, rest = divmod(start, place.dtype.itemsize)
+    if rest:
+        raise ValueError("not aligned")
+    return found.view(place.dtype).as_strided(place.shape, place.stride, first + place.offset)
 
 
 def _place(storage: tuple[torch.dtype, str], offset: int, shape: Any, stride: Any, *_: Any) -> Place:
