@@ -74,20 +74,11 @@ def large_file(path: Path, rows: int) -> Path:
     size = 2 * rows * rows
     if path.suffix == ".safetensors":
         header = json.dumps({"x": {"dtype": "BF16", "shape": [rows, rows], "data_offsets": [0, size]}}).encode()
+        header += b" " * (-len(header) % 8)
         path.write_bytes(len(header).to_bytes(8, "little") + header)
         with path.open("r+b") as file:
             file.truncate(8 + len(header) + size)
         return path
-    small = path.with_name("small.pth")
-    torch.save({"x": torch.zeros(rows, rows, dtype=torch.bfloat16, device="meta")}, small)
-    with zipfile.ZipFile(small) as archive:
-        index = next(name for name in archive.namelist() if name.endswith("data.pkl"))
-    assert index  # torch writes a tensor of meta in a way of its own: so the index is made by hand
-    return hand_made(path, rows, size)
-
-
-def hand_made(path: Path, rows: int, size: int) -> Path:
-    """A `.pth` with a hole in the place of the tensor's data."""
     one = path.with_name("one.pth")
     torch.save({"x": torch.zeros(2, 2, dtype=torch.bfloat16)}, one)
     with zipfile.ZipFile(one) as archive:
@@ -95,9 +86,8 @@ def hand_made(path: Path, rows: int, size: int) -> Path:
         index = archive.read(next(name for name in names if name.endswith("data.pkl")))
     assert index.count(b"K\x02K\x02\x86") == 1  # its shape, and (2,1) its stride
     number = b"\x8a\x04" + rows.to_bytes(4, "little")
-    index = index.replace(b"K\x02K\x02\x86", number + number + b"\x86").replace(
-        b"K\x02K\x01\x86", number + b"K\x01\x86"
-    )
+    index = index.replace(b"K\x02K\x02\x86", number + number + b"\x86")
+    index = index.replace(b"K\x02K\x01\x86", number + b"K\x01\x86")
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED, allowZip64=True) as archive:
         archive.writestr("m/data.pkl", index)
         archive.writestr("m/byteorder", "little")
@@ -113,7 +103,7 @@ def hand_made(path: Path, rows: int, size: int) -> Path:
 
 def test_code_in_a_file_is_not_run(tmp_path: Path) -> None:
     torch.save({"emb.weight": Bomb(str(tmp_path / "ran"))}, tmp_path / "bomb.pth")
-    with pytest.raises(UnusualError, match="Bomb|touch|open|system"):
+    with pytest.raises(UnusualError, match=r"\.system"):
         map_tensors(tmp_path / "bomb.pth")
     with pytest.raises(CheckpointError, match="holds Python code"):
         read_tensors(tmp_path / "bomb.pth")
@@ -147,5 +137,5 @@ def test_a_file_of_an_older_torch(tmp_path: Path) -> None:
     torch.save(random_model(), tmp_path / "old.pth", _use_new_zipfile_serialization=False)
     with pytest.raises(UnusualError):
         map_tensors(tmp_path / "old.pth")
-    with pytest.raises(CheckpointError, match="is not a file of torch.save's zip form"):
+    with pytest.raises(CheckpointError, match=r"is not a file of torch\.save's zip form"):
         read_tensors(tmp_path / "old.pth")
