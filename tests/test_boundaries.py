@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "inspection": READERS | {"export"},
     "preparation": {"data"},
     "plan": READERS,
-    "demo": {"training", "inference", "export", "data", "loading", "yaml_config"},
+    "demo": {"training", "inference", "export", "data", "loading", "models", "yaml_config"},
     "web": {"training", "inference", "export", "plan"},
     "legacy": {"yaml_config", "packed", "loading"},
     "doctor": {"ops", "loading"},

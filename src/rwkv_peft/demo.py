@@ -19,6 +19,7 @@ from .export.merge import merge
 from .files import write_text
 from .inference import answer_all
 from .loading import load_model
+from .models import Rwkv
 from .training.run import check_out, train
 from .yaml_config import to_yaml
 
@@ -40,7 +41,7 @@ def run_demo(config: DemoConfig) -> None:
     remove_earlier_demo(out)
     check_out(out)
     console.print("An order in plain words becomes a JSON record. First the base model, which has never seen the task:")
-    before, answers_before = score(BASE)
+    before, answers_before = score(load_model(BASE))
     console.print(f"before: {before:.1%} of the held-out answers are right\n", highlight=False)
     began = time.perf_counter()
     run = train(demo_settings(out), console)
@@ -48,7 +49,7 @@ def run_demo(config: DemoConfig) -> None:
     if run.interrupted:
         raise KeyboardInterrupt
     merged = merge(BASE, run.result, out / "model.pth")
-    after, answers_after = score(merged)
+    after, answers_after = score(load_model(merged))
     result = {"before": before, "after": after, "train_seconds": round(seconds, 1)}
     write_text(out / "demo.json", json.dumps(result, indent=2) + "\n")
     for (prompt, want), old, new in zip(heldout()[:SHOWN], answers_before, answers_after, strict=False):
@@ -73,10 +74,10 @@ def heldout() -> list[tuple[str, str]]:
     return [(prompt.text, answer.text.strip()) for prompt, answer in pairs]
 
 
-def score(model_file: Path) -> tuple[float, list[str]]:
+def score(model: Rwkv) -> tuple[float, list[str]]:
     """Share of the held-out examples that the model answers exactly, and its answers."""
     prompts, wanted = zip(*heldout(), strict=True)
-    answers = [a.strip() for a in answer_all(load_model(model_file), Tokenizer.byte(), prompts, LONGEST_ANSWER)]
+    answers = [a.strip() for a in answer_all(model, Tokenizer.byte(), prompts, LONGEST_ANSWER)]
     return sum(map(str.__eq__, answers, wanted)) / len(wanted), answers
 
 

@@ -20,7 +20,7 @@ from .linear import add_product
 from .matrix import QuantizedLinear, dense_weight, has_hooks
 
 MOST_LOGITS = 2**26  # of a chunk: 128 MiB in bf16
-MOST_WEIGHTS = 2**24  # of a quantised head that are dense at once: 32 MiB in bf16
+MOST_WEIGHTS = 2**25  # of a quantised head that are dense at once: 64 MiB in bf16
 
 
 def next_token_loss(

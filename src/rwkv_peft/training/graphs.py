@@ -73,6 +73,9 @@ class Graphs:
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = {}
         self.factor = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle()
+        self.stream = torch.cuda.Stream(
+            device
+        )  # one for all that runs plainly and is captured: cuBLAS has memory for each
 
     def takes(self, batch: Batch) -> bool:
         """Whether there is room for a batch of this shape."""
@@ -88,17 +91,26 @@ class Graphs:
         self.inputs[shape].copy_(numbers, non_blocking=True)
         self.factor.fill_(factor)
         if is_new:
-            return self._call(shape)
+            return self._run_plainly(shape)
         if shape not in self.graphs:
             graph = torch.cuda.CUDAGraph()
             torch.cuda.empty_cache()  # the graphs have memory of their own, beside which that of the plain run goes
-            with torch.cuda.graph(graph, pool=self.pool):
+            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 result = self._call(shape)
             self.graphs[shape] = graph, result, [p.grad for p in self.fresh]
         graph, result, gradients = self.graphs[shape]
         graph.replay()
         for p, gradient in zip(self.fresh, gradients, strict=True):
             p.grad = gradient
+        return result
+
+    def _run_plainly(self, shape: Shape) -> Tensor:
+        """`_call` on the graphs' stream."""
+        main = torch.cuda.current_stream(self.stream.device)
+        self.stream.wait_stream(main)
+        with torch.cuda.stream(self.stream):
+            result = self._call(shape)
+        main.wait_stream(self.stream)
         return result
 
     def _call(self, shape: Shape) -> Tensor:
