@@ -52,7 +52,8 @@ def resident(pid: int) -> tuple[float, float]:
         lines = Path(f"/proc/{pid}/status").read_text(encoding="utf-8").splitlines()
     except OSError:
         return 0.0, 0.0
-    found = {name: float(rest.split()[0]) / 2**20 for name, _, rest in (line.partition(":") for line in lines) if rest}
+    sizes = (line.removesuffix(" kB").split(":") for line in lines if line.endswith(" kB"))
+    found = {name: float(size) / 2**20 for name, size in sizes}
     return found.get("VmRSS", 0.0), found.get("RssAnon", 0.0) + found.get("RssShmem", 0.0)
 
 
@@ -67,14 +68,14 @@ def measure(size: str, flags: list[str], folder: Path, device: str) -> dict[str,
     line = [sys.executable, "-m", "rwkv_peft", "train", "--model", str(model), "--data", str(data), "--out", str(out)]
     line += ["--ctx-len", "1024", "--micro-batch", "1", "--max-steps", str(STEPS), "--sampling", "get", *flags]
     before, began, peaks = gpu_in_use(), time.time(), [0.0, 0.0, 0.0]
-    process = subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    while process.poll() is None:
-        peaks = [max(pair) for pair in zip(peaks, (*resident(process.pid), gpu_in_use()), strict=True)]
-        if "to first step s" not in row and (out / "metrics.jsonl").exists():
-            row["to first step s"] = time.time() - began
-        time.sleep(0.05)
-    assert process.stdout is not None
-    text = process.stdout.read()
+    with (folder / "log.txt").open("w+", encoding="utf-8") as log:
+        process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
+        while process.poll() is None:
+            peaks = [max(pair) for pair in zip(peaks, (*resident(process.pid), gpu_in_use()), strict=True)]
+            if "to first step s" not in row and (out / "metrics.jsonl").exists():
+                row["to first step s"] = time.time() - began
+            time.sleep(0.05)
+    text = (folder / "log.txt").read_text(encoding="utf-8")
     if process.returncode:
         return row | {"tokens/s": text.strip().splitlines()[-1][-200:]}
     print(text[-1500:], flush=True)

@@ -59,7 +59,7 @@ class Graphs:
     """Calls `compute(documents, positions, labels, factor)`, which returns a scalar, as CUDA graphs.
 
     What it does to `.grad` is to add. Of the parameters `fresh` it is to replace: then nothing need be made 0 and added
-    to, and each graph has its own gradients.
+    to.
     """
 
     def __init__(
@@ -70,12 +70,11 @@ class Graphs:
     ) -> None:
         self.compute, self.fresh = compute, fresh
         self.inputs: dict[Shape, Tensor] = {}
-        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor, list[Tensor | None]]] = {}
+        self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.factor = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle()
-        self.stream = torch.cuda.Stream(
-            device
-        )  # one for all that runs plainly and is captured: cuBLAS has memory for each
+        self.gradients: list[Tensor | None] = []  # of `fresh`, where every graph leaves them
+        self.stream = torch.cuda.Stream(device)  # of plain runs and captures: cuBLAS keeps memory for each stream
 
     def takes(self, batch: Batch) -> bool:
         """Whether there is room for a batch of this shape."""
@@ -97,12 +96,22 @@ class Graphs:
             torch.cuda.empty_cache()  # the graphs have memory of their own, beside which that of the plain run goes
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 result = self._call(shape)
-            self.graphs[shape] = graph, result, [p.grad for p in self.fresh]
-        graph, result, gradients = self.graphs[shape]
+                self._leave_gradients()
+            self.graphs[shape] = graph, result
+        graph, result = self.graphs[shape]
         graph.replay()
-        for p, gradient in zip(self.fresh, gradients, strict=True):
+        for p, gradient in zip(self.fresh, self.gradients, strict=True):
             p.grad = gradient
         return result
+
+    def _leave_gradients(self) -> None:
+        """Put the gradients where the first graph has its own, so that there is one set of them."""
+        found = [p.grad for p in self.fresh]
+        if not self.gradients:
+            self.gradients = found
+            return
+        pairs = [(to, grad) for to, grad in zip(self.gradients, found, strict=True) if to is not None]
+        torch._foreach_copy_([to for to, _ in pairs], [grad for _, grad in pairs if grad is not None])
 
     def _run_plainly(self, shape: Shape) -> Tensor:
         """`_call` on the graphs' stream."""
