@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import rwkv_peft as rp
-from conftest import difference, random_tokens
+from conftest import difference, random_model, random_tokens
 from rwkv_peft.config import AdapterConfig, TrainConfig
 from rwkv_peft.data.batches import Batch, beside, padded
 from rwkv_peft.data.masking import Encoded
@@ -435,3 +436,16 @@ def test_early_steps_are_for_runs_that_can(load: Callable[..., Rwkv]) -> None:
         config = replace(plain, **changes)
         assert early_steps(config, model, build_optimizer(model, config), alone) is None
     assert early_steps(plain, model, build_optimizer(model, plain), alone=True) is not None
+
+
+@pytest.mark.parametrize("peft", ["lora", "bone"])
+def test_a_checkpoint_keeps_no_copies_of_the_adapter(peft: str, tmp_path: Path) -> None:
+    """In bf16 the products take the adapter's float32 tensors in bf16: no function of autograd may hold on to those."""
+    torch.save(random_model(), tmp_path / "m.pth")
+    model = rp.attach_adapter(rp.load_model(tmp_path / "m.pth", "bf16"), rp.AdapterConfig(peft=peft, rank=7))
+    model.grad_checkpoint = "block"
+    loss = model.train().hidden_of(Documents(random_tokens(257, 1, 30), None)).sum()
+    gc.collect()
+    found = (x for x in gc.get_objects() if type(x) is torch.Tensor and x.dtype == torch.bfloat16)
+    assert not [x.shape for x in found if 7 in x.shape and x.numel() < 7 * 300]
+    loss.backward()  # type: ignore[no-untyped-call]

@@ -48,36 +48,37 @@ def low_rank_linear(
     if start is not None:
         a = torch.cat((a, start[0].to(x.dtype)))
         b = torch.cat((b, torch.mul(start[1], -scale, out=torch.empty_like(start[1], dtype=x.dtype))), dim=1)
-    inner: Tensor = _Inner.apply(x, A, B, a)  # type: ignore[no-untyped-call]
-    y: Tensor = _LowRank.apply(x, inner, A, B, matrix, a, b, scale)  # type: ignore[no-untyped-call]
+    inner: Tensor = _Inner.apply(x, A, B, a, b)  # type: ignore[no-untyped-call]
+    y: Tensor = _LowRank.apply(x, inner, A, B, matrix, b, scale)  # type: ignore[no-untyped-call]
     return y
 
 
 class _Inner(torch.autograd.Function):
     """x aᵀ. Keeps what the gradients of the whole product need, which `_LowRank` then makes.
 
-    Apart from the big product, so that a checkpoint need not repeat that one to have these again.
+    Apart from the big product, so that a checkpoint need not repeat that one to have these again. They are saved, and
+    not just held, since a checkpoint lets go of nothing else.
     """
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, a: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, A: Tensor, B: Tensor, a: Tensor, b: Tensor) -> Tensor:
         rows = x.reshape(-1, x.shape[-1])
         inner = rows @ a.T
-        _, needs_a, needs_b, _ = ctx.needs_input_grad
-        ctx.save_for_backward(rows if needs_a else None, inner if needs_b else None)
+        _, needs_a, needs_b, *_ = ctx.needs_input_grad
+        ctx.save_for_backward(rows if needs_a else None, inner if needs_b else None, a, b)
         return inner
 
     @staticmethod
     def backward(ctx: Any, d_inner: Tensor) -> tuple[None, ...]:
-        return None, None, None, None
+        return None, None, None, None, None
 
 
 class _LowRank(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, inner: Tensor, A: Tensor, B: Tensor, matrix: Matrix, a: Tensor, b: Tensor, scale: float
+        ctx: Any, x: Tensor, inner: Tensor, A: Tensor, B: Tensor, matrix: Matrix, b: Tensor, scale: float
     ) -> Tensor:
-        ctx.kept, ctx.matrix, ctx.a, ctx.b = inner.grad_fn, matrix, a, b
+        ctx.kept, ctx.matrix = inner.grad_fn, matrix
         ctx.shape, ctx.A, ctx.B, ctx.scale = x.shape, _form(A), _form(B), scale
         y = matrix.times(x.reshape(-1, x.shape[-1])).addmm_(inner, b.T)
         return y.view(*x.shape[:-1], matrix.rows)
@@ -85,21 +86,21 @@ class _LowRank(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        rows, inner = ctx.kept.saved_tensors
+        rows, inner, a, b = ctx.kept.saved_tensors
         needs_x, _, needs_a, needs_b, *_ = ctx.needs_input_grad
         dx = dA = dB = None
         dy = dy.reshape(-1, dy.shape[-1])
         if needs_x or needs_a:
-            d_inner = dy @ ctx.b
+            d_inner = dy @ b
         if needs_x:
-            dx = ctx.matrix.back(dy).addmm_(d_inner, ctx.a).view(ctx.shape)
+            dx = ctx.matrix.back(dy).addmm_(d_inner, a).view(ctx.shape)
         if needs_a:
             dA = _empty(dy, ctx.A)
             add_product(dA, d_inner[:, : len(dA)].T, rows, keep=False)
         if needs_b:
             dB = _empty(dy, ctx.B)
             add_product(dB, dy.T, inner[:, : dB.shape[1]], ctx.scale, keep=False)
-        return dx, None, dA, dB, None, None, None, None
+        return dx, None, dA, dB, None, None, None
 
 
 def bone_linear(x: Tensor, matrix: Matrix, block: Tensor) -> Tensor:
@@ -108,30 +109,30 @@ def bone_linear(x: Tensor, matrix: Matrix, block: Tensor) -> Tensor:
     W (O,I) is the frozen `matrix`; the products have the dtype of x (…,I). D may be float32, and then its gradient is.
     Source: arXiv 2409.15371.
     """
-    total: Tensor = _ShardSum.apply(x, block)  # type: ignore[no-untyped-call]
-    y: Tensor = _Bone.apply(x, total, block, matrix)  # type: ignore[no-untyped-call]
+    d = block.detach().to(x.dtype)
+    total: Tensor = _ShardSum.apply(x, block, d)  # type: ignore[no-untyped-call]
+    y: Tensor = _Bone.apply(x, total, block, matrix, d)  # type: ignore[no-untyped-call]
     return y
 
 
 class _ShardSum(torch.autograd.Function):
-    """Σ_s x_s (n,R), kept for the gradient of D, which `_Bone` makes; apart from it for `_Inner`'s reason."""
+    """Σ_s x_s (n,R), kept for the gradient of D, which `_Bone` makes; apart from it for `_Inner`'s reasons."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, block: Tensor) -> Tensor:
+    def forward(ctx: Any, x: Tensor, block: Tensor, d: Tensor) -> Tensor:
         total = sum_of_shards(x.reshape(-1, x.shape[-1]), len(block))
-        ctx.save_for_backward(total if ctx.needs_input_grad[1] else None)
+        ctx.save_for_backward(total if ctx.needs_input_grad[1] else None, d)
         return total
 
     @staticmethod
     def backward(ctx: Any, d_total: Tensor) -> tuple[None, ...]:
-        return None, None
+        return None, None, None
 
 
 class _Bone(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, total: Tensor, block: Tensor, matrix: Matrix) -> Tensor:
-        d = block.to(x.dtype)
-        ctx.kept, ctx.matrix, ctx.d = total.grad_fn, matrix, d
+    def forward(ctx: Any, x: Tensor, total: Tensor, block: Tensor, matrix: Matrix, d: Tensor) -> Tensor:
+        ctx.kept, ctx.matrix = total.grad_fn, matrix
         ctx.shape, ctx.block = x.shape, _form(block)
         y = matrix.times(x.reshape(-1, x.shape[-1])).addmm_(total, d)
         return y.view(*x.shape[:-1], matrix.rows)
@@ -139,18 +140,18 @@ class _Bone(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        (total,) = ctx.kept.saved_tensors
-        needs_x, _, needs_block, _ = ctx.needs_input_grad
+        total, d = ctx.kept.saved_tensors
+        needs_x, _, needs_block, *_ = ctx.needs_input_grad
         dx = d_block = None
         dy = dy.reshape(-1, dy.shape[-1])
         if needs_x:
             dx = ctx.matrix.back(dy)
-            add_to_shards(dx, dy @ ctx.d.T)
+            add_to_shards(dx, dy @ d.T)
             dx = dx.view(ctx.shape)
         if needs_block:
             d_block = _empty(dy, ctx.block)
             add_product(d_block, total.T, dy, keep=False)
-        return dx, None, d_block, None
+        return dx, None, d_block, None, None
 
 
 def bat_linear(x: Tensor, matrix: Matrix, blocks: Tensor) -> Tensor:

@@ -20,6 +20,7 @@ from .linear import add_product
 from .matrix import QuantizedLinear, dense_weight, has_hooks
 
 MOST_LOGITS = 2**26  # of a chunk: 128 MiB in bf16
+ALIGNED = 128  # columns of logits; products that begin elsewhere are slow
 MOST_WEIGHTS = 2**25  # of a quantised head that are dense at once: 64 MiB in bf16
 
 
@@ -120,6 +121,7 @@ class _QuantisedHead:
     def __init__(self, matrix: QuantizedLinear) -> None:
         self.matrix, self.rows = matrix, matrix.rows
         size = max(1, MOST_WEIGHTS // matrix.in_features)
+        size -= size % ALIGNED if size > ALIGNED else 0
         self.parts = [slice(i, min(self.rows, i + size)) for i in range(0, self.rows, size)]
 
     def times(self, hidden: Tensor, logits: Tensor) -> None:

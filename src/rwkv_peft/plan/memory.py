@@ -30,7 +30,7 @@ from .weights import (
 )
 
 CONTEXT = 0.6 * GIB  # CUDA's own, with the kernels that are loaded; torch does not count it
-CUBLAS = 2 * 32 * 2**20  # its workspaces: one for what runs plainly, one for graphs
+CUBLAS = 9 * 2**20  # its workspace, as `lean_memory` sets it
 PROCESS = {True: 2.0 * GIB, False: 0.4 * GIB}  # RAM of Python and torch, with CUDA's libraries and without
 SPARE = 0.9  # share of the free memory that `auto` plans with, for what nobody counts
 MARGIN = 1.08  # a run is refused only if the plan is so far above what is free

@@ -13,13 +13,14 @@ Number = TypeVar("Number", int, float)
 
 
 def lean_memory() -> None:
-    """Let torch's memory of a GPU grow and shrink by pages, so that it does not end up in pieces.
+    """Let torch's memory of a GPU grow and shrink by pages, so that it does not end up in pieces, and cuBLAS take less.
 
     To be called before anything is on the GPU; what the user has set stays.
     """
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
     if not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MiB for 32 on a Hopper card
 
 
 class SingleProcess:

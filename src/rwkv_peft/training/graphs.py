@@ -74,7 +74,8 @@ class Graphs:
         self.factor = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle()
         self.gradients: list[Tensor | None] = []  # of `fresh`, where every graph leaves them
-        self.stream = torch.cuda.Stream(device)  # of plain runs and captures: cuBLAS keeps memory for each stream
+        # of plain runs and captures alike, since cuBLAS keeps memory for each stream
+        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def takes(self, batch: Batch) -> bool:
         """Whether there is room for a batch of this shape."""
