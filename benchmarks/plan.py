@@ -21,6 +21,7 @@ from rwkv_peft.config import TrainConfig
 from rwkv_peft.models import MODELS
 from rwkv_peft.plan import Card, Outline, Plan, plan
 from rwkv_peft.plan.cards import KNOWN
+from rwkv_peft.training.engine import lean_memory
 from rwkv_peft.training.run import prepare
 from step import METHODS, random_batches, run_steps
 
@@ -127,6 +128,7 @@ def main() -> None:
     parser.add_argument("--only", default="", help="part of a configuration's name")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
+    lean_memory(device)
     print(f"Memory plans; {describe(device)}", flush=True)
     for case in CASES:
         if args.only in case.name:

@@ -210,8 +210,8 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=5)
     parser.add_argument("--steps", type=int, default=4, help="of a window")
     args = parser.parse_args()
-    lean_memory()
     device, rows = torch.device(args.device), []
+    lean_memory(device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     names = ("precision", "op", "grad_checkpoint", "packed", "quant", "quant_head", "embedding", "optim")
     how = {name: getattr(args, name) for name in (*names, "master_weights")}

@@ -42,7 +42,7 @@ class Version(NamedTuple):
 
 VERSIONS = {
     # x; r k v w_low a_low v_low gate | y, inverse, transfer, reader, states | x after the time-mix | xw xa xg
-    7: Version(time=8, operator=5, channel=1, mixes=3, back_time=17, back_channel=2),
+    7: Version(time=8, operator=5, channel=1, mixes=3, back_time=12.5, back_channel=2),
     # x, n, more 5, w in float32 2, r k v, y, gate | states | x, r, v | xx, xw
     6: Version(time=14, operator=1, channel=3, mixes=2, back_time=16, back_channel=3),
     # x, r k v, y, gate | states | x, r, v

@@ -8,6 +8,7 @@ first time, captured the second time, and replayed from then on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -74,8 +75,7 @@ class Graphs:
         self.factor = torch.ones((), device=device)
         self.pool = torch.cuda.graph_pool_handle()
         self.gradients: list[Tensor | None] = []  # of `fresh`, where every graph leaves them
-        # of plain runs and captures alike, since cuBLAS keeps memory for each stream
-        self.stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
+        self.stream = stream_of(device)
 
     def takes(self, batch: Batch) -> bool:
         """Whether there is room for a batch of this shape."""
@@ -129,6 +129,12 @@ class Graphs:
         tokens, starts, ends, positions, labels, offsets = self.inputs[shape].split(shape.sizes)  # type: ignore[no-untyped-call]
         documents = Documents.placed(tokens[None].long(), offsets.clone(), torch.stack((starts, ends)))
         return self.compute(documents, positions.long(), labels.long(), self.factor)
+
+
+@cache
+def stream_of(device: torch.device) -> torch.cuda.Stream:
+    """The one of all graphs, their capture and their plain runs: cuBLAS keeps memory for each stream that it meets."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
 
 
 def flattened(batch: Batch, shape: Shape) -> Tensor:

@@ -72,7 +72,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     is NaN or Inf or memory ends, after saving what was trained until then; OutputError if the disk fails.
     """
     config.check()
-    lean_memory()
+    lean_memory(find_device(config.device))
     saved = saved_adapter(config)
     config = going_on(config, saved)
     idle = config.without_effect()
