@@ -23,7 +23,8 @@ from conftest import random_model, random_tokens
 from rwkv_peft.models.layers import Documents
 from rwkv_peft.ops import BACKENDS
 from rwkv_peft.ops.adam import SMALL, Rates, averages_of, quantisers
-from rwkv_peft.ops.triton import activations
+from rwkv_peft.ops.quant import quantize
+from rwkv_peft.ops.triton import activations, rows_of, rows_to_fp8, turned
 from rwkv_peft.ops.triton.adam import Table
 from rwkv_peft.ops.triton.loss import cross_entropy
 
@@ -64,7 +65,9 @@ def main(version: str, precision: str) -> None:
         model(random_tokens(257, 2, 40))
     logits = torch.randn(8, 257, dtype=model.like.dtype)
     cross_entropy(logits, torch.arange(8), 1e-4, torch.empty(8, 2), logits)
-    take_steps(torch.bfloat16 if precision == "bf16" else torch.float32)
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    take_steps(dtype)
+    unpack(dtype)
     print(*sorted(compiled))
 
 
@@ -77,6 +80,18 @@ def take_steps(dtype: torch.dtype) -> None:
             p.grad = torch.zeros_like(p)
             table = Table([p], [averages_of(p, bits, paged=False)], [0])
             table.step(Rates.of(0.1, 0.1, (0.9, 0.99), 1e-8, 1, 0), maps, skip)
+
+
+def unpack(dtype: torch.dtype) -> None:
+    """Of quantised matrices, and of an embedding on the CPU."""
+    weight = torch.randn(64, 256, dtype=dtype)
+    for quant in ("int8", "nf4"):
+        layer = quantize(weight, quant, dtype)
+        layer.fill_by_kernel(torch.empty_like(weight), 0)
+    for factors in (None, torch.ones(256)):
+        rows_to_fp8(weight, factors)
+    turned(weight.to(torch.float8_e4m3fn))
+    rows_of(weight, torch.tensor([1, 2]))
 
 
 if __name__ == "__main__":

@@ -12,6 +12,7 @@ import pytest
 OPERATOR = {"x070": {"local", "scan", "scan_back"}, "x060": {"scan", "output"}, "x052": {"scan", "output"}}
 OPERATOR["x070a"] = OPERATOR["x070"]
 COMMON = {"norm_mix_forward", "norm_mix_backward", "gradients", "rows_kernel", "adamw_kernel"}
+COMMON |= {"dense_8_kernel", "dense_4_kernel", "fp8_rows_kernel", "turn_kernel", "embedding_kernel"}
 
 
 @pytest.mark.skipif(find_spec("triton") is None, reason="the package triton is not installed")

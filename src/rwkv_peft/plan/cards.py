@@ -11,12 +11,12 @@ import torch
 
 from ..errors import ConfigError
 from ..models import Sizes
+from ..ops.quant.fp8 import has_fp8
 
 GIB = 2**30
 UNITS = {"": 1, "b": 1, "kb": 10**3, "mb": 10**6, "gb": 10**9, "kib": 2**10, "mib": 2**20, "gib": 2**30}
 UNITS |= {"k": 2**10, "m": 2**20, "g": 2**30}  # as nvidia-smi's users write them
 SIZE = re.compile(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", re.IGNORECASE)
-FP8 = (8, 9)  # the first cards that multiply in it
 LEAST = 2**20  # less is a slip of the pen
 
 
@@ -93,8 +93,7 @@ def card_here(device: torch.device) -> Card:
     if device.type != "cuda" or not torch.cuda.is_available():
         return Card(None)
     free, _ = torch.cuda.mem_get_info(device)
-    fp8 = torch.cuda.get_device_capability(device) >= FP8
-    return Card(free, torch.cuda.get_device_name(device), fp8, has_context=True)
+    return Card(free, torch.cuda.get_device_name(device), has_fp8(device), has_context=True)
 
 
 def free_ram() -> float | None:

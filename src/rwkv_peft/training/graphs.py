@@ -134,7 +134,7 @@ class Graphs:
 @cache
 def stream_of(device: torch.device) -> torch.cuda.Stream:
     """The one of all graphs, their capture and their plain runs: cuBLAS keeps memory for each stream that it meets."""
-    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call, no-any-return]
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
 
 def flattened(batch: Batch, shape: Shape) -> Tensor:

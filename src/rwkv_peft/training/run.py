@@ -36,6 +36,7 @@ from ..data.tokenizer import Tokenizer, tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
 from ..loading import find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
+from ..ops.quant.fp8 import has_fp8
 from ..yaml_config import to_yaml
 from .checkpointing import choose_checkpoint, free_memory
 from .engine import SingleProcess, lean_memory
@@ -271,6 +272,8 @@ def describe(
     where = f"{number}{stored} on {model.like.device}, op {model.op.name}"
     method = "full" if model.adapter_config is None else model.adapter_config.peft
     yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
+    if model.quant == "fp8" and not has_fp8(model.like.device):
+        yield "note   no products of fp8 here: the matrices are unpacked for each, which takes time; nf4 needs less memory"
     yield from (f"note   {line}" for line in idle)
     yield f"data   {data.summary()}"
     yield from (f"note   {line}" for line in data.notes)

@@ -222,9 +222,10 @@ def to_4_bits(x: Tensor, quant: str) -> tuple[Tensor, Tensor]:
     return packed, torch.cat(found)
 
 
-def parts(n: int) -> Iterator[slice]:
-    """n weights in parts of whole blocks."""
-    return (slice(i, min(n, i + PART)) for i in range(0, n, PART))
+def parts(n: int, size: int | None = None) -> Iterator[slice]:
+    """n things in parts of `size`; if None, weights in parts of whole blocks."""
+    size = size or PART
+    return (slice(i, min(n, i + size)) for i in range(0, n, size))
 
 
 def _quotients(x: Tensor, block: int) -> tuple[Tensor, Tensor]:

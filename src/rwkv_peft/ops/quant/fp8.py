@@ -11,6 +11,7 @@ from torch import Tensor
 
 from .. import triton
 from ..matrix import QuantizedLinear
+from .blocks import PART, parts
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
@@ -28,7 +29,10 @@ class Fp8Linear(QuantizedLinear):
     @classmethod
     def stored(cls, weight: Tensor) -> dict[str, Tensor]:
         scale = weight.abs().amax(1, keepdim=True).float().clamp_(min=1e-38) / LARGEST
-        return {"weight": (weight.float() / scale).to(E4M3), "scale": scale}
+        values = torch.empty_like(weight, dtype=E4M3, memory_format=torch.contiguous_format)
+        for rows in parts(len(weight), max(1, PART // weight.shape[1])):
+            values[rows] = (weight[rows].float() / scale[rows]).to(E4M3)
+        return {"weight": values, "scale": scale}
 
     @staticmethod
     def layout(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
@@ -50,7 +54,7 @@ class Fp8Linear(QuantizedLinear):
     def multiplies(self, x: Tensor) -> bool:
         """Whether a product with x can be one of fp8 numbers."""
         fits = self.out_features % 16 == 0 and self.in_features % 16 == 0 and len(x) > 0
-        return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_fp8(x.device) and triton.is_installed()
+        return x.is_cuda and x.dtype == torch.bfloat16 and fits and has_fp8(x.device)
 
     def dense(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
         return (self.weight[rows].float() * self.scale[rows]).to(dtype or self.dtype)
@@ -65,8 +69,17 @@ class Fp8Linear(QuantizedLinear):
 
 @cache
 def has_fp8(device: torch.device) -> bool:
-    """Whether a GPU multiplies fp8 numbers that have a scale a row."""
-    return torch.cuda.get_device_capability(device) >= (9, 0)
+    """Whether products of fp8 numbers that have a scale a row run on a device: with this card and this torch."""
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9) or not triton.is_installed():
+        return False
+    ones = torch.ones(16, 16, device=device)
+    try:
+        found = _product(
+            ones.to(E4M3), ones.to(E4M3), ones[:, :1].contiguous(), ones[:, :1].contiguous(), torch.bfloat16
+        )
+    except RuntimeError:
+        return False
+    return bool((found == 16).all())
 
 
 def _product(a: Tensor, b: Tensor, scale_a: Tensor, scale_b: Tensor, dtype: torch.dtype) -> Tensor:

@@ -14,12 +14,12 @@ def rows_of(weight: Tensor, tokens: Tensor) -> Tensor:
     out = torch.empty((*tokens.shape, width), dtype=weight.dtype, device=tokens.device)
     tokens = tokens.contiguous()
     if tokens.numel():
-        _rows[(tokens.numel(),)](weight, tokens, out, width, triton.next_power_of_2(width), num_warps=4)
+        embedding_kernel[(tokens.numel(),)](weight, tokens, out, width, triton.next_power_of_2(width), num_warps=4)
     return out
 
 
 @triton.jit
-def _rows(weight, tokens, out, width, BLOCK: tl.constexpr):
+def embedding_kernel(weight, tokens, out, width, BLOCK: tl.constexpr):
     place = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     row = tl.load(tokens + place) * width

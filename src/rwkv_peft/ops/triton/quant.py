@@ -18,7 +18,9 @@ LARGEST = tl.constexpr(448.0)  # of e4m3
 def dense_of_8_bits(index: Tensor, absmax: Tensor, numbers: Tensor, out: Tensor, start: int) -> None:
     """Fill `out` with the weights from `start` on, which is at the beginning of a block."""
     grid = (triton.cdiv(out.numel(), PER_PROGRAM),)
-    _dense_8[grid](index, absmax, numbers, out, start, out.numel(), PER_PROGRAM, num_warps=8, enable_fp_fusion=False)
+    dense_8_kernel[grid](
+        index, absmax, numbers, out, start, out.numel(), PER_PROGRAM, num_warps=8, enable_fp_fusion=False
+    )
 
 
 def dense_of_4_bits(
@@ -33,7 +35,7 @@ def dense_of_4_bits(
 ) -> None:
     """The same of two weights in a byte, whose magnitudes are `map8[absmax] · nested + offset`."""
     grid = (triton.cdiv(out.numel(), PER_PROGRAM),)
-    _dense_4[grid](
+    dense_4_kernel[grid](
         pairs, absmax, nested, offset, numbers, map8, out, start, out.numel(), PER_PROGRAM,
         num_warps=8, enable_fp_fusion=False,
     )  # fmt: skip
@@ -48,7 +50,7 @@ def rows_to_fp8(x: Tensor, factors: Tensor | None = None) -> tuple[Tensor, Tenso
     block = triton.next_power_of_2(columns)
     warps = min(16, max(1, block // 512))
     if n:
-        _rows_to_fp8[(n,)](x, factors, values, scale, columns, factors is not None, block, num_warps=warps)
+        fp8_rows_kernel[(n,)](x, factors, values, scale, columns, factors is not None, block, num_warps=warps)
     return values, scale
 
 
@@ -57,12 +59,12 @@ def turned(x: Tensor) -> Tensor:
     rows, columns = x.shape
     out = torch.empty((columns, rows), dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(rows, TILE), triton.cdiv(columns, TILE))
-    _turn[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, num_warps=8)
+    turn_kernel[grid](x.view(torch.uint8), out.view(torch.uint8), rows, columns, TILE, num_warps=8)
     return out
 
 
 @triton.jit
-def _dense_8(index, absmax, numbers, out, start, size, BLOCK: tl.constexpr):
+def dense_8_kernel(index, absmax, numbers, out, start, size, BLOCK: tl.constexpr):
     at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     inside = at < size
     blocks = (start + tl.program_id(0).to(tl.int64) * BLOCK) // 256 + tl.arange(0, BLOCK // 256)
@@ -73,7 +75,7 @@ def _dense_8(index, absmax, numbers, out, start, size, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def _dense_4(pairs, absmax, nested, offset, numbers, map8, out, start, size, BLOCK: tl.constexpr):
+def dense_4_kernel(pairs, absmax, nested, offset, numbers, map8, out, start, size, BLOCK: tl.constexpr):
     first = tl.program_id(0).to(tl.int64) * BLOCK
     byte = first // 2 + tl.arange(0, BLOCK // 2)
     pair = tl.load(pairs + start // 2 + byte, mask=byte * 2 < size, other=0).to(tl.int32)
@@ -88,7 +90,7 @@ def _dense_4(pairs, absmax, nested, offset, numbers, map8, out, start, size, BLO
 
 
 @triton.jit
-def _rows_to_fp8(x, factors, values, scale, columns, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
+def fp8_rows_kernel(x, factors, values, scale, columns, HAS_FACTORS: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     at = tl.arange(0, BLOCK)
     v = tl.load(x + row * columns + at, mask=at < columns, other=0.0).to(tl.float32)
@@ -100,7 +102,7 @@ def _rows_to_fp8(x, factors, values, scale, columns, HAS_FACTORS: tl.constexpr, 
 
 
 @triton.jit
-def _turn(x, out, rows, columns, TILE: tl.constexpr):
+def turn_kernel(x, out, rows, columns, TILE: tl.constexpr):
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     column = tl.program_id(1).to(tl.int64) * TILE + tl.arange(0, TILE)
     inside = (row < rows)[:, None] & (column < columns)[None]
