@@ -242,6 +242,17 @@ def test_late_copies_are_waited_for(version: str, mode: Any, load: Callable[...,
     assert not keep.queue
 
 
+def test_nothing_is_under_way_after_a_backward_pass_that_asks_for_nothing(load: Callable[..., Rwkv]) -> None:
+    """Only the head trains: what the layers kept is dropped while it is being copied."""
+    model = load(layers=3).requires_grad_(False)
+    model.head.requires_grad_(True)
+    model.train().grad_checkpoint = "block"
+    model.keep = keep = Late()
+    MicroBatches(model, PENALTY, SingleProcess().backward).run(BATCHES["documents"], 30)
+    assert keep.done == keep.begun > 0
+    assert not keep.leaving
+
+
 def test_buffers_grow_and_are_used_again() -> None:
     buffers = Buffers(100, pinned=False)
     first = [buffers.take(60) for _ in range(3)]
