@@ -159,6 +159,8 @@ def test_parts_are_the_total() -> None:
         [{"micro_batch": n} for n in (1, 2, 8)],
         [{"rank": n} for n in (4, 32, 256)],
         [{"grad_checkpoint": mode} for mode in MODES],
+        [{"grad_checkpoint": "block", "offload_checkpoints": away} for away in (True, False)],
+        [{"grad_checkpoint": "selective", "offload_checkpoints": away} for away in (True, False)],
         [{"quant": form} for form in ("nf4", "int8", "none")],
         [{"quant": form} for form in ("nf4", "fp8", "none")],
         [{"quant": "nf4", "quant_head": head, "micro_batch": 16} for head in (True, False)],
@@ -214,6 +216,25 @@ def test_proposals_fit_and_the_cheapest_is_first(free: float) -> None:
         assert changed.micro_batch * changed.grad_accum == 8  # the same rows a step
     sets = [one.changes.items() for one in found]
     assert not any(sets[i] <= other for i in range(len(sets)) for other in sets[i + 1 :])
+
+
+def test_long_rows_are_proposed_with_their_inputs_in_ram() -> None:
+    """Before paging, and only where something is computed anew; they are counted in RAM then."""
+    sizes = replace(SMALL, layers=24, width=2048, ffn=8192)
+    config = settings(rank=64, micro_batch=1, ctx_len=32768)
+    outline, card = Outline.of(MODELS["x070"], sizes, config), Card(12 * GIB)
+    best = proposals(config, outline, card)[0]
+    assert best.changes["offload_checkpoints"]
+    assert "paged" not in best.flags
+    assert {"block", "selective"} & set(best.planned.modes)
+    away = plan(replace(config, offload_checkpoints=True, grad_checkpoint="block"), outline, card)
+    there = plan(replace(config, grad_checkpoint="block"), outline, card)
+    inputs = (2 * 24 + 1) * 32768 * 2048 * 2
+    assert inputs <= away.ram - there.ram <= 1.2 * inputs
+    assert away.total < there.total - 0.8 * inputs
+    kept = settings(grad_checkpoint="none", micro_batch=1)
+    for one in proposals(kept, Outline.of(MODELS["x070"], SMALL, kept), card):
+        replace(kept, **one.changes).check()
 
 
 def test_nothing_is_changed_where_it_fits() -> None:

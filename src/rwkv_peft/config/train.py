@@ -112,6 +112,8 @@ class TrainConfig(DataConfig, _Run):
     grad_checkpoint: Literal["auto", "none", "operator", "selective", "block"] = "auto"
     """Recompute in the backward pass: nothing, the recurrence, the time-mix around it, or whole layers: slower, less
     memory. [as much as the GPU's memory asks for; none on a CPU]"""
+    offload_checkpoints: Annotated[bool, ADVANCED] = False
+    """Keep the inputs of what is recomputed in the CPU's memory; copies run beside the layers."""
     device: str = "auto"
     """`cpu`, `cuda` or `cuda:N`. [a GPU if there is one]"""
     graphs: Annotated[bool, ADVANCED] = True
@@ -193,6 +195,11 @@ class TrainConfig(DataConfig, _Run):
             raise ConfigError("--quant-head: not with --train-parts head, which trains it; leave one out")
         if self.embedding == "cpu" and (self.peft == "full" or "emb" in self.parts()):
             raise ConfigError("--embedding cpu: the embedding trains; leave it out")
+        if self.offload_checkpoints and self.grad_checkpoint in ("none", "operator"):
+            raise ConfigError(
+                f"--offload-checkpoints: not with --grad-checkpoint {self.grad_checkpoint}, which keeps no layer's "
+                "input to compute it anew; try --grad-checkpoint block"
+            )
 
     def check_master_weights(self) -> None:
         """Raise `ConfigError` where what trains is to be kept in bf16, and cannot be."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple, cast
 
@@ -37,6 +38,20 @@ class Shared(NamedTuple):
     """(B,T,D) the normalised embedding of the tokens."""
     v_first: Tensor
     """(B,T,D) RWKV-7's value of the first layer."""
+
+
+class Keep:
+    """How the inputs of what is computed anew are kept until then: as they are. Training has another way."""
+
+    def around(self) -> AbstractContextManager[object]:
+        """What to be in while `checkpoint` is called."""
+        return nullcontext()
+
+    def settle(self) -> None:
+        """To be called after each backward pass."""
+
+
+AS_THEY_ARE = Keep()
 
 
 class TimeMix(nn.Module, ABC):
@@ -119,18 +134,20 @@ class Block(nn.Module):
         op: Backend,
         grad_checkpoint: str = "none",
         draws: bool = False,
+        keep: Keep = AS_THEY_ARE,
     ) -> tuple[Tensor, Shared, Tensor, Tensor]:
         """x (B,T,D), wkv (S,H,N,N) or None for zeros, shift (2,S,D) → the same after this layer.
 
         `grad_checkpoint`: what the backward pass computes anew, instead of keeping it: none, block (the layer, as two
         halves), selective (its time-mix alone), operator (the recurrence alone). `draws`: whether random numbers are
-        drawn in between.
+        drawn in between. `keep`: how the inputs of halves are kept.
         """
 
         def run(half: Callable[..., Any], again: bool, *args: Any) -> Any:
             if not again or not torch.is_grad_enabled():
                 return half(*args)
-            return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=draws)
+            with keep.around():
+                return checkpoint(half, *args, use_reentrant=False, preserve_rng_state=draws)
 
         if grad_checkpoint == "operator":
             op = op.again
@@ -195,6 +212,7 @@ class Rwkv(nn.Module, ABC):
         self.sizes = sizes
         self.grad_checkpoint: str | tuple[str, ...] = "none"  # of all layers, or of each; see `Block.forward`
         self.draws = True
+        self.keep: Keep = AS_THEY_ARE
         self.adapter_bases = {}
         # empty, in the dtype and on the device of the activations, so that `.to()` and `.double()` move them too
         self.register_buffer("like", torch.empty(0), persistent=False)
@@ -241,7 +259,7 @@ class Rwkv(nn.Module, ABC):
         x, shared = self.emb(tokens).to(self.dtype), Shared(self.like, self.like)  # layer 0 sets what is shared
         wkv, shift = [], []
         for block, wkv_in, shift_in, mode in zip(self.blocks, state.wkv, state.shift, self.checkpoints(), strict=True):
-            args = (wkv_in, shift_in, documents, self.op, mode, self.draws)
+            args = (wkv_in, shift_in, documents, self.op, mode, self.draws, self.keep)
             x, shared, wkv_out, shift_out = block(x, shared, *args)
             wkv.append(wkv_out)
             shift.append(shift_out)
@@ -252,7 +270,7 @@ class Rwkv(nn.Module, ABC):
         x, shared = self.emb(documents.tokens).to(self.dtype), Shared(self.like, self.like)
         zeros = x.new_zeros(documents.count, self.sizes.width)
         for block, mode in zip(self.layers(), self.checkpoints(), strict=True):
-            args = (*block.start(zeros), documents, self.op, mode, self.draws)
+            args = (*block.start(zeros), documents, self.op, mode, self.draws, self.keep)
             x, shared, _, _ = block(x, shared, *args)
         return self.ln_out(x)  # type: ignore[no-any-return]
 

@@ -7,6 +7,8 @@ channel-mix. Unit: numbers a token and channel, so 1 is a tensor (B,T,D). Axes: 
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -48,6 +50,8 @@ VERSIONS = {
     # x, r k v, y, gate | states | x, r, v
     5: Version(time=6, operator=1, channel=3, mixes=0, back_time=10, back_channel=3),
 }
+INPUTS = {"selective": 1, "block": 2}  # tensors (B,T,D) that are kept of what is computed anew
+IN_FLIGHT = 4  # such tensors on the GPU at once, if they lie in the CPU's memory: in use, and on their way back
 # The formulas of a CPU, `--op torch`, keep so many times as much: RWKV-7 1.7, RWKV-6 1.3, RWKV-5 1.4
 PLAIN = 1.6
 
@@ -64,14 +68,17 @@ class Layer:
     channel: float
     back_time: float
     back_channel: float
+    offloads: bool = False
+    """Whether the inputs of what is computed anew lie in the CPU's memory."""
 
     def kept(self, mode: str) -> float:
         """For the backward pass."""
+        inputs = 0.0 if self.offloads else INPUTS.get(mode, 0) * self.unit
         return {
             "none": self.time + self.channel,
             "operator": self.time - self.operator + self.channel,
-            "selective": self.unit + self.channel,
-            "block": 2 * self.unit,
+            "selective": inputs + self.channel,
+            "block": inputs,
         }[mode]
 
     def passing(self, mode: str) -> float:
@@ -93,13 +100,21 @@ class Activations:
     """What is kept before the first layer and behind the last."""
 
     @staticmethod
-    def of(model: Rwkv, tokens: int, bytes_each: int, fused: bool = True, dense_head: bool = True) -> Activations:
+    def of(
+        model: Rwkv,
+        tokens: int,
+        bytes_each: int,
+        fused: bool = True,
+        dense_head: bool = True,
+        offloads: bool = False,
+    ) -> Activations:
         """Of a model, with or without values, whose adapters are in place and in which trains what is to train.
 
-        `bytes_each` of a number; `fused`: whether our kernels run; `dense_head`: whether the loss knows its matrix.
+        `bytes_each` of a number; `fused`: whether our kernels run; `dense_head`: whether the loss knows its matrix;
+        `offloads`: whether the inputs of what is computed anew lie in the CPU's memory.
         """
         s = model.sizes
-        layers = tuple(layer_of(block, model, tokens, bytes_each, fused) for block in model.layers())
+        layers = tuple(layer_of(block, model, tokens, bytes_each, fused, offloads) for block in model.layers())
         logits = float(min(tokens * s.vocab_size, max(MOST_LOGITS, s.vocab_size)) * bytes_each)
         if not dense_head:  # a part of it is dense at a time, and the gradient behind it is summed in float32
             chunk = min(tokens, max(1, MOST_LOGITS // s.vocab_size))
@@ -115,7 +130,22 @@ class Activations:
 
     def at_once(self, modes: tuple[str, ...]) -> float:
         """What is there besides at most: the loss's logits, or one layer that is computed backward."""
-        return max(self.loss, *(layer.passing(mode) for layer, mode in zip(self.layers, modes, strict=True)))
+        passing = (layer.passing(mode) for layer, mode in zip(self.layers, modes, strict=True))
+        return max(self.loss, *passing) + self.in_flight(modes)
+
+    def in_flight(self, modes: Sequence[str]) -> float:
+        """What is on the GPU at once of inputs that lie in the CPU's memory."""
+        first = self.layers[0]
+        return IN_FLIGHT * first.unit if first.offloads and any(mode in INPUTS for mode in modes) else 0.0
+
+    def in_ram(self, modes: Sequence[str]) -> float:
+        """Bytes of pinned memory for these; the first layer's input is one thing before its norm, and one after."""
+        first = self.layers[0]
+        count = sum(INPUTS.get(mode, 0) for mode in modes) + (modes[0] == "block")
+        if not first.offloads or not count:
+            return 0.0
+        block = pinned_block(int(first.unit))
+        return float(math.ceil(count / (block // int(first.unit))) * block)
 
     def choose(self, wkv: int, room: float) -> tuple[str, ...]:
         """For each layer the least to compute anew with which `kept` and `at_once` are at most `room` bytes.
@@ -131,12 +161,20 @@ class Activations:
                 kept += layer.kept(mode) - layer.kept(before)
                 passing[i] = layer.passing(mode)
                 modes[i] = mode
-                if kept + max(self.loss, *passing) <= room:
+                if kept + max(self.loss, *passing) + self.in_flight(modes) <= room:
                     best = tuple(modes)
         return best
 
 
-def layer_of(block: Block, model: Rwkv, tokens: int, bytes_each: int, fused: bool) -> Layer:
+def pinned_block(size: int) -> int:
+    """Bytes of a piece of pinned memory for at least eight tensors of `size` bytes.
+
+    Torch takes pinned memory in powers of two: for many tensors at once little of it is left unused.
+    """
+    return 1 << (8 * size - 1).bit_length()
+
+
+def layer_of(block: Block, model: Rwkv, tokens: int, bytes_each: int, fused: bool, offloads: bool = False) -> Layer:
     """What one layer keeps, by what trains in it."""
     s, version = model.sizes, VERSIONS[model.wkv]
     F = s.ffn / s.width
@@ -154,6 +192,7 @@ def layer_of(block: Block, model: Rwkv, tokens: int, bytes_each: int, fused: boo
         channel=more * channel * unit + _copies(block.ffn, bytes_each),
         back_time=more * version.back_time * unit,
         back_channel=more * (version.back_channel + 2 * F) * unit,
+        offloads=offloads,
     )
 
 

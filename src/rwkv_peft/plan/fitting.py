@@ -4,7 +4,8 @@ Every lever has a cost in percent of speed, roughly; where it costs accuracy ins
 All combinations are planned, and the cheapest that fit are proposed. Why this order: an embedding in the CPU's memory
 and averages in 8 bits cost next to nothing; half a micro-batch costs little while it has some thousand tokens, and much
 below (docs/performance.md: 1.5B takes 45,699 tokens/s with 16,384, 29,566 with 1,024); recomputing costs a third of a
-step at most; fp8 costs no speed but exactness, int8 and 4 bits take time to unpack; paging waits for the bus.
+step at most, and where what it starts from lies in the CPU's memory, copies beside it cost little more; fp8 costs no
+speed but exactness, int8 and 4 bits take time to unpack; paging waits for the bus.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from .weights import prepared
 RECOMPUTING = {"none": 0.0, "operator": 4.0, "selective": 12.0, "block": 30.0}
 QUANT = {"fp8": 6.0, "int8": 12.0, "nf4": 15.0}
 SMALLER = {"none": ("fp8", "int8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}  # forms that take less
-HEAD, EIGHT_BIT, PAGED, HALF_MASTERS, EMBEDDING = 4.0, 2.0, 10.0, 5.0, 0.5
+HEAD, EIGHT_BIT, PAGED, HALF_MASTERS, EMBEDDING, OFFLOADING = 4.0, 2.0, 10.0, 5.0, 0.5, 3.0
 FULL_ENOUGH = 4096  # tokens of a micro-batch that keep a card busy
 HALVING = {True: 4.0, False: 15.0}  # whether the half is still full enough
 MOST_HALVINGS = 4
@@ -76,6 +77,8 @@ def every(config: TrainConfig, outline: Outline, card: Card) -> Iterator[Proposa
         changed = replace(config, **changes)
         if changed.quant_head and changed.quant == "none" and not config.quant_head:
             continue
+        if changed.offload_checkpoints and changed.grad_checkpoint in ("none", "operator"):
+            continue
         planned = plan(changed, outline, card)
         cost = sum(cost for _, cost in chosen) + fmean(RECOMPUTING[mode] for mode in planned.modes)
         yield Proposal(changes, cost, planned)
@@ -88,6 +91,8 @@ def levers(config: TrainConfig, outline: Outline, card: Card) -> list[list[tuple
     ways: list[list[tuple[Changes, float]]] = [[keep, *halvings(config)]]
     if config.grad_checkpoint not in ("auto", "block"):
         ways.append([keep, ({"grad_checkpoint": "auto"}, 0.0)])
+    if not config.offload_checkpoints:
+        ways.append([keep, ({"offload_checkpoints": True}, OFFLOADING)])
     if "embedding" in frozen and config.embedding == "gpu":
         ways.append([keep, ({"embedding": "cpu"}, EMBEDDING)])
     if "matrix" in frozen and outline.quant == "none":

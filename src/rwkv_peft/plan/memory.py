@@ -137,8 +137,8 @@ class Outline:
             return config
         return replace(config, quant=self.quant, quant_head=self.quant_head or config.quant_head)  # type: ignore[arg-type]
 
-    def _activations(self, tokens: int, bytes_each: int, fused: bool, dense_head: bool) -> Activations:
-        return Activations.of(self.model, tokens, bytes_each, fused, dense_head)
+    def _activations(self, tokens: int, bytes_each: int, fused: bool, dense_head: bool, offloads: bool) -> Activations:
+        return Activations.of(self.model, tokens, bytes_each, fused, dense_head, offloads)
 
     def sum(self, of: Sequence[tuple[Count, float]]) -> float:
         """The sum of a number for each sort of parameter, times how many there are."""
@@ -159,10 +159,11 @@ def plan(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool = True)
 
     assert config.micro_batch is not None
     tokens, dense_head = config.micro_batch * config.ctx_len, not (config.quant_head and config.quant != "none")
-    activations = outline.activations(tokens, each, on_gpu, dense_head)
+    offloads = config.offload_checkpoints and on_gpu
+    activations = outline.activations(tokens, each, on_gpu, dense_head, offloads)
     context = CONTEXT if on_gpu else 0.0
     modes = modes_of(config, outline, activations, card, on_gpu, sum(parts.values()), gradients + optimiser)
-    kept = activations.kept(modes)
+    kept, in_ram = activations.kept(modes), in_ram + activations.in_ram(modes)
     if is_fresh(config):
         gradients -= min(gradients, kept)  # they are made as what was kept is freed
     parts |= {"gradients": gradients, "optimiser": optimiser, "activations": kept}

@@ -23,7 +23,8 @@ def choose_checkpoint(model: Rwkv, tokens: int, free: float, config: TrainConfig
     Gradients and the averages of `config`'s optimiser will take their part of these.
     """
     is_dense = dense_weight(model.head) is not None
-    found = Activations.of(model, tokens, model.like.element_size(), dense_head=is_dense)
+    offloads = config.offload_checkpoints
+    found = Activations.of(model, tokens, model.like.element_size(), dense_head=is_dense, offloads=offloads)
     return found.choose(model.wkv, free - learning_bytes(model, config))
 
 

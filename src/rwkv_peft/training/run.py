@@ -44,6 +44,7 @@ from .evaluation import Evaluation
 from .loop import train_loop
 from .memory import Forecast
 from .metrics import Metrics
+from .offload import Offload, check_offload
 from .optim import build_optimizer, check_optimizer, keep_in_bf16
 
 LONGEST_NAME = 255  # bytes that file systems allow
@@ -81,6 +82,7 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     out = config.out
     check_out(out)
     check_optimizer(config, find_device(config.device))
+    check_offload(config, find_device(config.device))
     vocab_size = read_sizes(config.model).vocab_size
     tokenizer = tokenizer_for_data(config, vocab_size).with_special(config.special_tokens, vocab_size)
     data, held = load_for_training(config, tokenizer, vocab_size)
@@ -191,6 +193,10 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
     if model.like.is_cuda:
         torch.cuda.empty_cache()  # of what was there on the way to here
     model.grad_checkpoint = checkpoint_of(model, config)
+    if config.offload_checkpoints:
+        assert config.micro_batch is not None
+        numbers = config.micro_batch * config.ctx_len * model.sizes.width
+        model.keep = Offload(model.like.device, numbers * model.like.element_size())
     model.train()
 
 

@@ -57,10 +57,14 @@ class MicroBatches:
         if self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.run(batch, 1 / targets)
         total, loss = batch_loss(self.model, batch, self.logit_penalty)
-        self.backward(total / targets)
+        self._backward(total / targets)
         return loss / targets
 
     def _forward_and_backward(self, documents: Documents, positions: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
         total, loss = loss_at(self.model, documents, positions, labels, self.logit_penalty)
-        self.backward(total * factor)
+        self._backward(total * factor)
         return loss * factor
+
+    def _backward(self, total: Tensor) -> None:
+        self.backward(total)
+        self.model.keep.settle()
