@@ -26,6 +26,7 @@ from rwkv_peft.ops import BACKENDS
 from rwkv_peft.plan import Card, Outline, Plan, plan, proposals
 from rwkv_peft.plan.activations import MODES, Activations
 from rwkv_peft.plan.cards import GIB, size_in_bytes
+from rwkv_peft.plan.memory import CUBLAS
 from rwkv_peft.training import memory
 from rwkv_peft.training.run import prepare, train
 
@@ -186,10 +187,10 @@ def test_more_takes_more(ladder: list[dict[str, Any]]) -> None:
     ],
 )  # fmt: skip
 def test_peaks_that_were_measured(changes: dict[str, Any], gib: float) -> None:
-    """RWKV-7 1.5B at ctx 1024 on an H100: docs/performance.md, which rounds to a tenth."""
+    """RWKV-7 1.5B at ctx 1024 on an H100: docs/performance.md, which rounds to a tenth; with larger workspaces then."""
     sizes = replace(SMALL, layers=24, width=2048, ffn=8192, rank_w=96, rank_a=96, rank_v=64, rank_g=256)
     one = planned(sizes, micro_batch=1, embedding="gpu", sampling="get", **changes)
-    assert one.total / GIB == pytest.approx(gib, abs=0.1)
+    assert (one.total + 2**26 - CUBLAS) / GIB == pytest.approx(gib, abs=0.1)
 
 
 def test_auto_keeps_what_the_card_has_room_for() -> None:

@@ -279,7 +279,7 @@ def describe(
     method = "full" if model.adapter_config is None else model.adapter_config.peft
     yield f"train  {method}: {trained:,} of {count:,} parameters; {where}"
     if model.quant == "fp8" and not has_fp8(model.like.device):
-        yield "note   no products of fp8 here: the matrices are unpacked for each, which takes time; nf4 needs less memory"
+        yield "note   no products of fp8 here: matrices are unpacked for each, which takes time; nf4 needs less memory"
     yield from (f"note   {line}" for line in idle)
     yield f"data   {data.summary()}"
     yield from (f"note   {line}" for line in data.notes)

@@ -72,11 +72,9 @@ def has_fp8(device: torch.device) -> bool:
     """Whether products of fp8 numbers that have a scale a row run on a device: with this card and this torch."""
     if device.type != "cuda" or torch.cuda.get_device_capability(device) < (8, 9) or not triton.is_installed():
         return False
-    ones = torch.ones(16, 16, device=device)
+    ones, scale = torch.ones(16, 16, device=device).to(E4M3), torch.ones(16, 1, device=device)
     try:
-        found = _product(
-            ones.to(E4M3), ones.to(E4M3), ones[:, :1].contiguous(), ones[:, :1].contiguous(), torch.bfloat16
-        )
+        found = _product(ones, ones, scale, scale, torch.bfloat16)
     except RuntimeError:
         return False
     return bool((found == 16).all())

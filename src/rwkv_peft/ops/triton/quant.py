@@ -18,9 +18,8 @@ LARGEST = tl.constexpr(448.0)  # of e4m3
 def dense_of_8_bits(index: Tensor, absmax: Tensor, numbers: Tensor, out: Tensor, start: int) -> None:
     """Fill `out` with the weights from `start` on, which is at the beginning of a block."""
     grid = (triton.cdiv(out.numel(), PER_PROGRAM),)
-    dense_8_kernel[grid](
-        index, absmax, numbers, out, start, out.numel(), PER_PROGRAM, num_warps=8, enable_fp_fusion=False
-    )
+    size = out.numel()
+    dense_8_kernel[grid](index, absmax, numbers, out, start, size, PER_PROGRAM, num_warps=8, enable_fp_fusion=False)
 
 
 def dense_of_4_bits(
