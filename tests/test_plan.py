@@ -359,7 +359,7 @@ def run(tmp_path: Path, model_file: Callable[..., Path]) -> TrainConfig:
 
 def test_a_run_tells_what_it_needs(run: TrainConfig, capsys: pytest.CaptureFixture[str]) -> None:
     train(run)
-    assert re.search(r"^memory needs about \d+.* on the CPU's memory: ", capsys.readouterr().out, re.MULTILINE)
+    assert re.search(r"^memory needs about \d+.* in the CPU's memory: ", capsys.readouterr().out, re.MULTILINE)
 
 
 def test_too_little_ram_is_a_note(

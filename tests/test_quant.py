@@ -15,6 +15,7 @@ import rwkv_peft as rp
 from conftest import difference, random_model, random_tokens
 from rwkv_peft.adapters import merge_adapter
 from rwkv_peft.checkpoint import read_tensors, write_tensors
+from rwkv_peft.cli import main
 from rwkv_peft.errors import CheckpointError, ConfigError
 from rwkv_peft.export.quantised import export_quantised
 from rwkv_peft.models import Rwkv
@@ -396,3 +397,17 @@ def test_rows_of_an_embedding_on_the_cpu(width: int) -> None:
     weight, tokens = normal(1000, width, dtype=torch.bfloat16), torch.randint(0, 1000, (3, 50))
     weight = weight.pin_memory() if on_gpu else weight
     assert torch.equal(triton.rows_of(weight, tokens.to(device)).cpu(), weight[tokens])
+
+
+def test_inspect_tells_of_a_quantised_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    file = export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "nf4")
+    shown = []
+    for path in (tmp_path / "m.pth", file):
+        assert main(["inspect", str(path)]) == 0
+        lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1] > " "]
+        shown.append(dict(words for words in lines if len(words) == 2))
+    dense, quantised = shown
+    assert quantised["formats"] == "fp32 (62 tensors), nf4 (12 tensors)"
+    same = ("model", "layers", "parameters", "fingerprint")
+    assert [dense[key] for key in same] == [quantised[key] for key in same]

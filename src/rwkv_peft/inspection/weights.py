@@ -85,7 +85,9 @@ def weights_rows(path: str) -> Iterator[Row]:
         return
     entries = read_model(place)
     tensors = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
-    if tensors and all(name.endswith(STATES) and name.startswith("blocks.") for name in tensors):
+    if len(tensors) < len(entries):
+        yield from model_rows(place, entries)
+    elif tensors and all(name.endswith(STATES) and name.startswith("blocks.") for name in tensors):
         yield from state_rows(place, tensors)
     elif tensors and (any(map(ADAPTED.search, tensors)) or all(map(is_part, tensors))):
         yield from original_rows(place, tensors)

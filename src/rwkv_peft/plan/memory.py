@@ -81,11 +81,11 @@ class Plan:
 
     def summary(self) -> str:
         """The largest parts in one line, for the beginning of a run."""
-        where = "the GPU" if self.on_gpu else "the CPU's memory"
+        where = "on the GPU" if self.on_gpu else "in the CPU's memory"
         free = "" if self.card.free is None else f" of {gib(self.card.free)}"
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
         ram = f"; RAM about {gib(self.ram_peak)}" if self.on_gpu else ""
-        return f"needs about {gib(self.needs)}{free} on {where}: {parts or 'next to nothing'}{ram}"
+        return f"needs about {gib(self.needs)}{free} {where}: {parts or 'next to nothing'}{ram}"
 
     def time(self) -> str | None:
         """How fast the run is and how long it takes, where a run like it was measured."""
