@@ -408,6 +408,6 @@ def test_inspect_tells_of_a_quantised_file(tmp_path: Path, capsys: pytest.Captur
         lines = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines() if line[:1] > " "]
         shown.append(dict(words for words in lines if len(words) == 2))
     dense, quantised = shown
-    assert quantised["formats"] == "fp32 (62 tensors), nf4 (12 tensors)"
+    assert quantised["formats"] == "fp32 (57 tensors), nf4 (12 tensors)"
     same = ("model", "layers", "parameters", "fingerprint")
     assert [dense[key] for key in same] == [quantised[key] for key in same]

@@ -13,7 +13,7 @@ from .config import GenerateConfig, InferenceConfig, SamplingConfig
 from .data.tokenizer import StreamDecoder, Tokenizer, tokenizer_for
 from .errors import RwkvPeftError
 from .export.states import check_state, load_state
-from .loading import find_device, load_model
+from .loading import EMBEDDING, find_device, load_model
 from .models import ModelState, Rwkv
 
 
@@ -143,10 +143,10 @@ def sample(logits: Tensor, temperature: float, top_p: float, random: torch.Gener
 def open_session(config: InferenceConfig) -> Session:
     """The model, adapter and tokenizer that `config` names. Raises the errors of loading them."""
     config.sampling.check()
-    place = find_device(config.device)
-    embedding = "cpu" if place.type == "cuda" else "gpu"
-    model = load_model(config.model, config.dtype, config.device, config.op, config.quant, config.quant_head, embedding)
     adapters = read_adapters(config.adapter, config.alpha, config.pissa_init)
+    is_tuned = any(EMBEDDING in saved.parts for saved in adapters)
+    embedding = "cpu" if find_device(config.device).type == "cuda" and not is_tuned else "gpu"
+    model = load_model(config.model, config.dtype, config.device, config.op, config.quant, config.quant_head, embedding)
     for path, saved in zip(config.adapter, adapters, strict=True):
         attach_saved(model, saved, path)
     vocab_size, special_tokens = model.sizes.vocab_size, config.special_tokens or model.form.special_tokens

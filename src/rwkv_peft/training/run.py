@@ -34,7 +34,7 @@ from ..data.sampling import Sampler
 from ..data.templates import find_template
 from ..data.tokenizer import Tokenizer, tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
-from ..loading import find_device, load_model, read_sizes
+from ..loading import EMBEDDING, find_device, load_model, read_sizes
 from ..models import STATES, Rwkv
 from ..ops.quant.fp8 import has_fp8
 from ..yaml_config import to_yaml
@@ -137,7 +137,7 @@ def ended(out: Path, result: Path, metrics: Metrics, evaluation: Evaluation | No
 
 def load_base(config: TrainConfig, saved: SavedAdapter | None) -> Rwkv:
     """The model to train, kept as `config` says. Raises ConfigError and CheckpointError."""
-    trains = config.peft == "full" or "emb" in config.parts() or (saved is not None and "emb.weight" in saved.parts)
+    trains = config.peft == "full" or "emb" in config.parts() or (saved is not None and EMBEDDING in saved.parts)
     on_gpu = find_device(config.device).type == "cuda"
     embedding = config.embedding
     if embedding == "auto":
