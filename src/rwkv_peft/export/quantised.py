@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..checkpoint import check_finite, stream_tensors
@@ -37,7 +38,9 @@ def export_quantised(
     metadata = {"format": "pt", FINGERPRINT: fingerprint_of(path)}
     _, names = find_quantised(path, without_values(kind, sizes, entries), entries, quant, quant_head)
     announced = tensors_of(path, names, lambda weight: form_in_file(weight, quant))
-    forms = {name: tensor.to("meta") for name, tensor in announced}
+    # plain numbers first: small tensors made between large ones that go would keep the memory of these from being used
+    plain = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in announced]
+    forms = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in plain}
     written = tensors_of(path, names, lambda weight: quantize(weight, quant, weight.dtype).to_file())
     stream_tensors(out, forms, (tensor for _, tensor in written), metadata)
     return out
