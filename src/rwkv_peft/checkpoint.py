@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from .errors import CheckpointError, OutputError
+from .errors import CheckpointError
 from .files import write_atomic
 from .mapped import UnusualError, map_tensors
+from .streamed import write_pth, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -68,27 +69,31 @@ def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Map
 
     Only a `.safetensors` file can hold `metadata`.
     """
+    stream_tensors(path, tensors, tensors.values(), metadata)
+
+
+def stream_tensors(
+    path: Path | str,
+    forms: Mapping[str, Tensor],
+    tensors: Iterable[Tensor],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """As `write_tensors`, of tensors that are made one at a time: each is written before the next is asked for.
+
+    Arguments:
+        forms: names, dtypes and shapes; of these tensors nothing else is used, so they may be on the meta device.
+        tensors: in the order of `forms`. What it raises is raised here, and leaves nothing behind.
+    """
     path = Path(path)
     check_suffix(path)
-    # a view would drag its whole storage into a .pth, and is refused by safetensors
-    plain = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-    plain = {name: t if t.untyped_storage().nbytes() == t.nbytes else t.clone() for name, t in plain.items()}
-    size = sum(t.nbytes for t in plain.values())
 
     def write(temporary: Path) -> None:
-        try:
-            if path.suffix == ".pth":
-                torch.save(plain, temporary)
-            else:
-                from safetensors.torch import save_file
+        if path.suffix == ".pth":
+            write_pth(temporary, forms, tensors)
+        else:
+            write_safetensors(temporary, forms, tensors, metadata)
 
-                save_file(plain, temporary, dict(metadata) if metadata else None)
-        except Exception as error:  # both writers raise their own types where the disk fails
-            raise OutputError(
-                f"{path}: cannot be written ({first_line(error)}); make room, or write elsewhere"
-            ) from error
-
-    write_atomic(path, write, size)
+    write_atomic(path, write, sum(form.nbytes for form in forms.values()))
 
 
 def check_suffix(path: Path) -> None:

@@ -16,7 +16,7 @@ from .models import STATES, Rwkv, Sizes, find_version
 from .ops import choose_backend
 from .ops.matrix import Linear
 from .ops.quant import QUANTS, quantize
-from .packed import FINGERPRINT, Entry, Packed, read_model
+from .packed import FINGERPRINT, Entry, Packed, read_by_layer, read_model
 
 EMBEDDING = "emb.weight"
 
@@ -52,22 +52,19 @@ def load_model(
     model.op = choose_backend(op, place, sizes.head_size)
     quant, quantised = find_quantised(path, model, entries, quant, quant_head)
     fingerprint = Fingerprint()
-    for names in layers_of(entries):
-        entries = read_model(path)  # mapped anew, so that what was read before leaves this process's memory
-        for name in names:
-            entry = entries[name]
-            if isinstance(entry, Packed):
-                set_module(model, name, entry.layer(number, place))
-                continue
-            fingerprint.add(name, entry)
-            if name in kind.unused:
-                continue
-            value = entry.to("cpu" if name == EMBEDDING and embedding == "cpu" else place)
-            check_finite(path, name, value)
-            if name in quantised:
-                set_module(model, name, quantize(value, quant, number))
-            else:
-                set_parameter(model, name, as_kept(value, torch.float32 if name.endswith(STATES) else number, place))
+    for name, entry in read_by_layer(path):
+        if isinstance(entry, Packed):
+            set_module(model, name, entry.layer(number, place))
+            continue
+        fingerprint.add(name, entry)
+        if name in kind.unused:
+            continue
+        value = entry.to("cpu" if name == EMBEDDING and embedding == "cpu" else place)
+        check_finite(path, name, value)
+        if name in quantised:
+            set_module(model, name, quantize(value, quant, number))
+        else:
+            set_parameter(model, name, as_kept(value, torch.float32 if name.endswith(STATES) else number, place))
     model.like = torch.empty(0, dtype=number, device=place)
     model.source, model.path, model.quant = Path(path).name, Path(path), quant
     model.fingerprint = read_metadata(path).get(FINGERPRINT) or fingerprint.digits()
@@ -98,15 +95,6 @@ def find_quantised(
     }
     matrices |= {"head.weight"} if quant_head else set()
     return quant, {name for name in matrices if not isinstance(entries[name], Packed)}
-
-
-def layers_of(names: Iterable[str]) -> list[list[str]]:
-    """The names of a model's tensors, those of a layer together."""
-    found: dict[str, list[str]] = {}
-    for name in names:
-        first, _, rest = name.partition(".")
-        found.setdefault(f"{first}.{rest.partition('.')[0]}" if first == "blocks" else first, []).append(name)
-    return list(found.values())
 
 
 def as_kept(value: Tensor, dtype: torch.dtype, place: torch.device) -> Tensor:

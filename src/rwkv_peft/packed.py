@@ -7,15 +7,16 @@ more, and `….weight.quant_state.bitsandbytes__nf4`, which is JSON. An fp8 matr
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from .checkpoint import DTYPES, fingerprint, not_float, read_metadata, read_tensors
+from .checkpoint import DTYPES, Fingerprint, not_float, read_metadata, read_tensors
 from .errors import CheckpointError
 from .ops.quant import QUANTS, QuantizedLinear
 from .ops.quant.blocks import STATE
@@ -83,10 +84,33 @@ def read_model(path: Path | str) -> dict[str, Entry]:
     return found
 
 
-def fingerprint_of(path: Path | str, entries: Mapping[str, Entry]) -> str:
+def read_by_layer(path: Path | str) -> Iterator[tuple[str, Entry]]:
+    """The entries of a model file in its order, for a file larger than the memory. Raises as `read_model` does.
+
+    What was read of a mapped file counts as memory of this process until the mapping goes, so each layer has its own.
+    """
+    for _, names in groupby(list(read_model(path)), _layer):
+        entries = read_model(path)
+        for name in names:
+            yield name, entries[name]
+
+
+def _layer(name: str) -> str:
+    """The layer that a tensor is of, e.g. `blocks.0`, or the beginning of its name, e.g. `emb`."""
+    first, *rest = name.split(".", 2)
+    return f"{first}.{rest[0]}" if first == "blocks" and rest else first
+
+
+def fingerprint_of(path: Path | str) -> str:
     """The fingerprint of a model file: of its tensors, or of the dense ones that it was made from."""
-    dense = {name: entry for name, entry in entries.items() if isinstance(entry, Tensor)}
-    return read_metadata(path).get(FINGERPRINT) or fingerprint(dense)
+    written = read_metadata(path).get(FINGERPRINT)
+    if written:
+        return written
+    found = Fingerprint()
+    for name, entry in read_by_layer(path):
+        if isinstance(entry, Tensor):
+            found.add(name, entry)
+    return found.digits()
 
 
 def packed(what: str, tensors: dict[str, Tensor]) -> Packed:

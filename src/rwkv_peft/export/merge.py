@@ -1,22 +1,25 @@
-"""Adapters added to their base: a model file like any other."""
+"""Adapters added to their base: a model file like any other, written a tensor at a time."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import zip_longest
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ..adapters import ADAPTERS, SavedAdapter, attach_saved, foreign, read_adapters
 from ..adapters.reading import check_fit
 from ..adapters.saved import Base
-from ..checkpoint import DTYPES, check_finite, check_suffix, is_finite, write_tensors
+from ..checkpoint import DTYPES, check_finite, check_suffix, is_finite, stream_tensors
 from ..config import FOREIGN
 from ..errors import CheckpointError, ConfigError, OutputError
 from ..loading import check_model, find_quantised, load_model, without_values
 from ..models import Rwkv, Sizes
 from ..ops.quant import quantize
-from ..packed import Entry, Packed, fingerprint_of, read_model
+from ..packed import Entry, Packed, fingerprint_of, read_by_layer, read_model
 
 Paths = Path | str | Sequence[Path | str]
 
@@ -54,15 +57,17 @@ def merge(
     kind, sizes = check_model(base_path, entries)
     paths = [adapter] if isinstance(adapter, str | Path) else list(adapter)
     adapters = list(zip(paths, read_adapters(paths, alpha, pissa_init), strict=True))
-    base = {name: entry.dense() if isinstance(entry, Packed) else entry for name, entry in entries.items()}
+    rounding = Rounding()
     if onto == "trained":
-        base = base | as_trained(base_path, entries, kind, trained_against(adapters))
+        rounding = rounding_of(base_path, entries, kind, trained_against(adapters))
     foreigners = [pair for pair in adapters if pair[1].config and pair[1].config.peft.startswith(FOREIGN)]
     if foreigners:
-        merged = merge_foreign(base_path, base, *foreigners[0], alone=len(paths) == 1)
+        changes = [merge_foreign(base_path, *foreigners[0], alone=len(paths) == 1)]
     else:
-        merged = merge_tensors(base, adapters, sizes, fingerprint_of(base_path, entries))
-    write_tensors(out, in_formats(merged, entries, base_path, dtype))
+        check_belong(adapters, entries, sizes, fingerprint_of(base_path))
+        changes = [saved for _, saved in adapters]
+    forms = merged_forms(entries, changes, dtype)
+    stream_tensors(out, forms, merged_tensors(base_path, forms, changes, rounding))
     return out
 
 
@@ -74,70 +79,102 @@ def trained_against(adapters: Iterable[tuple[Path | str, SavedAdapter]]) -> Base
     return found.pop()
 
 
-def as_trained(path: Path | str, entries: Mapping[str, Entry], kind: type[Rwkv], base: Base) -> dict[str, Tensor]:
-    """The matrices of a dense model file that training kept quantised, as it computed with them."""
-    number = DTYPES[base.precision]
+@dataclass(frozen=True)
+class Rounding:
+    """Which matrices of a dense file training kept quantised, and how."""
+
+    names: frozenset[str] = frozenset()
+    base: Base = field(default_factory=Base)
+
+    def weight(self, name: str, entry: Entry) -> Tensor:
+        """What an adapter is added to."""
+        if isinstance(entry, Packed):
+            return entry.dense()
+        if name not in self.names:
+            return entry
+        return quantize(entry, self.base.quant, DTYPES[self.base.precision]).dense()
+
+
+def rounding_of(path: Path | str, entries: Mapping[str, Entry], kind: type[Rwkv], base: Base) -> Rounding:
+    """That of a model file, for adapters that were trained against `base`."""
     model = without_values(kind, kind.sizes_of({name: tuple(e.shape) for name, e in entries.items()}), entries)
     _, names = find_quantised(path, model, entries, base.quant, base.quant_head)
-    dense = {name: entries[name] for name in names}
-    return {n: quantize(t, base.quant, number).dense() for n, t in dense.items() if isinstance(t, Tensor)}
+    return Rounding(frozenset(names), base)
 
 
-def in_formats(
-    merged: dict[str, Tensor], base: Mapping[str, Entry], base_path: Path | str, dtype: str
-) -> dict[str, Tensor]:
-    """The tensors in the number format `dtype`, or for `same` in the base's. Raises CheckpointError for NaN or Inf."""
-    written = {}
-    for name, tensor in merged.items():
-        own = base[name].dtype if name in base else tensor.dtype
-        written[name] = tensor.to(own if dtype == "same" else DTYPES[dtype])
-        if not is_finite(written[name]):
-            entry = base.get(name)
-            if isinstance(entry, Tensor):
-                check_finite(base_path, name, entry)
-            number = str(written[name].dtype).removeprefix("torch.")
-            raise CheckpointError(f"{base_path}: merged, {name} holds NaN or Inf in {number}; try --dtype fp32")
-    return written
-
-
-def merge_tensors(
-    base: dict[str, Tensor], adapters: Iterable[tuple[Path | str, SavedAdapter]], sizes: Sizes, fingerprint: str
-) -> dict[str, Tensor]:
-    """The base's tensors under their names; those that an adapter changes are new and float32.
-
-    Raises CheckpointError if an adapter was trained on another base.
-    """
-    shapes = {name: tuple(tensor.shape) for name, tensor in base.items()}
-    merged = dict(base)
+def check_belong(
+    adapters: Iterable[tuple[Path | str, SavedAdapter]], entries: Mapping[str, Entry], sizes: Sizes, fingerprint: str
+) -> None:
+    """Raise CheckpointError if an adapter was trained on another base, or does not fit this one."""
+    shapes = {name: tuple(entry.shape) for name, entry in entries.items()}
     for path, adapter in adapters:
         if adapter.base and adapter.base != fingerprint:
             raise CheckpointError(f"{path}: was trained on a base with other weights than this one; name that base")
         check_fit(path, adapter, shapes, sizes)
-        for name, tensor in changed_tensors(base, adapter).items():
-            if name not in merged or merged[name] is base.get(name):
-                merged[name] = tensor
-            else:
-                merged[name] = merged[name] + (tensor - base[name].float() if name in base else tensor)
-    return merged
 
 
-def changed_tensors(base: dict[str, Tensor], adapter: SavedAdapter) -> dict[str, Tensor]:
-    """The tensors of the base that an adapter alone changes, as it leaves them, float32."""
+def merged_forms(entries: Mapping[str, Entry], changes: Iterable[SavedAdapter], dtype: str) -> dict[str, Tensor]:
+    """The tensors of the merged file, on the meta device: the base's, then what only adapters have."""
+    found = {name: (tuple(entry.shape), entry.dtype) for name, entry in entries.items()}
+    for change in changes:
+        for name, part in change.parts.items():
+            found.setdefault(name, (tuple(part.shape), torch.float32))
+    return {n: torch.empty(shape, dtype=DTYPES.get(dtype, own), device="meta") for n, (shape, own) in found.items()}
+
+
+def merged_tensors(
+    base_path: Path | str, forms: Mapping[str, Tensor], changes: Sequence[SavedAdapter], rounding: Rounding
+) -> Iterator[Tensor]:
+    """The tensors of the merged file, each made when it is asked for. Raises CheckpointError for NaN or Inf."""
+    pairs = zip_longest(forms.items(), read_by_layer(base_path))  # what the base has not comes last
+    for (name, form), found in pairs:
+        entry = found[1] if found else None
+        weight = rounding.weight(name, entry) if entry is not None else None
+        merged = merged_tensor(name, weight, changes).to(form.dtype).view(form.shape)
+        if not is_finite(merged):
+            raise not_finite(base_path, name, entry, form.dtype)
+        yield merged
+
+
+def not_finite(base_path: Path | str, name: str, entry: Entry | None, dtype: torch.dtype) -> CheckpointError:
+    """The error of a merged tensor that holds NaN or Inf. Raises that of the base's own, if it is to blame."""
+    if isinstance(entry, Tensor):
+        check_finite(base_path, name, entry)
+    number = str(dtype).removeprefix("torch.")
+    return CheckpointError(f"{base_path}: merged, {name} holds NaN or Inf in {number}; try --dtype fp32")
+
+
+def merged_tensor(name: str, weight: Tensor | None, changes: Iterable[SavedAdapter]) -> Tensor:
+    """A tensor of the base with the change that each adapter makes alone, float32; itself if none does.
+
+    `weight` is None for what the base has not: a learned state.
+    """
+    merged = None
+    for change in changes:
+        changed = changed_tensor(name, weight, change)
+        if changed is not None and merged is not None:
+            merged = merged + (changed if weight is None else changed - weight.float())
+        elif changed is not None:
+            merged = changed
+    found = weight if merged is None else merged
+    assert found is not None
+    return found
+
+
+def changed_tensor(name: str, weight: Tensor | None, adapter: SavedAdapter) -> Tensor | None:
+    """A tensor of the base as an adapter alone leaves it, float32; None if it leaves it as it is."""
     config = adapter.config
-    changed = {n: part.float().view(base[n].shape if n in base else part.shape) for n, part in adapter.parts.items()}
-    if config is not None and adapter.tensors:
-        for target in config.targets:
-            name = f"{target}.weight"
-            changed[name] = ADAPTERS[config.peft].merged(base[name], adapter.of_matrix(target), config)
-    return changed
+    target, _, leaf = name.rpartition(".")
+    if config is not None and weight is not None and leaf == "weight" and target in config.targets:
+        return ADAPTERS[config.peft].merged(weight, adapter.of_matrix(target), config)
+    part = adapter.parts.get(name)
+    return None if part is None else part.float().view(part.shape if weight is None else weight.shape)
 
 
-def merge_foreign(
-    base_path: Path | str, base: dict[str, Tensor], path: Path | str, adapter: SavedAdapter, alone: bool
-) -> dict[str, Tensor]:
-    """As `merge_tensors`, for an adapter that only PEFT can merge."""
+def merge_foreign(base_path: Path | str, path: Path | str, adapter: SavedAdapter, alone: bool) -> SavedAdapter:
+    """What an adapter that only PEFT can merge makes of the base, as parts that take the place of the base's."""
     if not alone:
         raise ConfigError(f"{path}: an adapter of PEFT's merges alone; merge one after the other")
     model = load_model(base_path)
     attach_saved(model, adapter, path)
-    return base | foreign.merged_tensors(model)
+    return SavedAdapter(None, parts=foreign.merged_tensors(model))

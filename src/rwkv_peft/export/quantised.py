@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
-from ..checkpoint import check_finite, write_tensors
+from ..checkpoint import check_finite, stream_tensors
 from ..errors import CheckpointError, ConfigError, OutputError
-from ..loading import check_model, find_quantised, layers_of, without_values
-from ..ops.quant import quantize
-from ..packed import FINGERPRINT, Packed, fingerprint_of, read_model
+from ..loading import check_model, find_quantised, without_values
+from ..ops.quant import form_in_file, quantize
+from ..packed import FINGERPRINT, Packed, fingerprint_of, read_by_layer, read_model
 
 
 def export_quantised(
@@ -33,19 +35,25 @@ def export_quantised(
     if any(isinstance(entry, Packed) for entry in entries.values()):
         raise CheckpointError(f"{path}: is quantised already; name the dense file")
     kind, sizes = check_model(path, entries)
-    name_of_weights = fingerprint_of(path, entries)
-    _, quantised = find_quantised(path, without_values(kind, sizes, entries), entries, quant, quant_head)
-    written: dict[str, Tensor] = {}
-    for names in layers_of(entries):
-        entries = read_model(path)  # mapped anew, so that what was read before leaves this process's memory
-        for name in names:
-            tensor = entries[name]
-            assert isinstance(tensor, Tensor)
-            check_finite(path, name, tensor)
-            if name in quantised:
-                layer = quantize(tensor, quant, tensor.dtype)
-                written |= {f"{name.removesuffix('weight')}{own}": part for own, part in layer.to_file().items()}
-            else:
-                written[name] = tensor.clone()
-    write_tensors(out, written, {"format": "pt", FINGERPRINT: name_of_weights})
+    metadata = {"format": "pt", FINGERPRINT: fingerprint_of(path)}
+    _, names = find_quantised(path, without_values(kind, sizes, entries), entries, quant, quant_head)
+    announced = tensors_of(path, names, lambda weight: form_in_file(weight, quant))
+    # plain numbers first: small tensors made between large ones that go would keep the memory of these from being used
+    plain = [(name, tuple(tensor.shape), tensor.dtype) for name, tensor in announced]
+    forms = {name: torch.empty(shape, dtype=dtype, device="meta") for name, shape, dtype in plain}
+    written = tensors_of(path, names, lambda weight: quantize(weight, quant, weight.dtype).to_file())
+    stream_tensors(out, forms, (tensor for _, tensor in written), metadata)
     return out
+
+
+def tensors_of(
+    path: Path | str, quantised: set[str], to_file: Callable[[Tensor], dict[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    """The tensors of a dense model file, with what `to_file` gives in the place of the matrices to be quantised."""
+    for name, weight in read_by_layer(path):
+        assert isinstance(weight, Tensor)
+        check_finite(path, name, weight)
+        if name in quantised:
+            yield from ((f"{name.removesuffix('weight')}{own}", part) for own, part in to_file(weight).items())
+        else:
+            yield name, weight

@@ -122,7 +122,7 @@ def model_rows(path: Path, tensors: Mapping[str, Entry]) -> Iterator[Row]:
         parts["unused" if name in kind.unused else model_part(name)] += tensor.numel()
     yield from format_rows(tensors.values())
     yield from parameter_rows(parts)
-    yield from file_rows([path], fingerprint_of(path, tensors))
+    yield from file_rows([path], fingerprint_of(path))
     if problem is not None:
         raise problem
 

@@ -83,6 +83,12 @@ class QuantizedLinear(Linear, ABC):
     def layout(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         """Shape and dtype of each buffer of a matrix (O,I)."""
 
+    @classmethod
+    def blank(cls, weight: Tensor) -> dict[str, Tensor]:
+        """As `stored`, on the meta device: without values, but those that `to_file` writes as text."""
+        layout = cls.layout(weight.shape[0], weight.shape[1])
+        return {name: torch.empty(shape, dtype=dtype, device="meta") for name, (shape, dtype) in layout.items()}
+
     @abstractmethod
     def dense(self, dtype: torch.dtype | None = None, rows: slice = slice(None)) -> Tensor:
         """The weight (O,I), or these rows of it, as they are computed with."""

@@ -26,7 +26,7 @@ from ..adapters import (
 )
 from ..adapters.attach import adapted, check_apart, ends_in
 from ..adapters.trainable import add_parts, make_trainable, part_names
-from ..checkpoint import read_tensors, write_tensors
+from ..checkpoint import read_tensors, stream_tensors
 from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of, shares_of
 from ..data.binidx import is_binidx
 from ..data.dataset import Dataset, load_for_training
@@ -231,10 +231,9 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
         save_adapter(model, out / "adapter")
         return out / "adapter"
     base = read_tensors(config.model)
-    trained = {
-        name: p.detach().to(base[name].dtype if name in base else p.dtype) for name, p in model.named_parameters()
-    }
-    write_tensors(out / "model.pth", base | trained)
+    tensors = base | dict(model.named_parameters())
+    forms = {n: torch.empty_like(t, dtype=base.get(n, t).dtype, device="meta") for n, t in tensors.items()}
+    stream_tensors(out / "model.pth", forms, (t.detach().to(forms[n].dtype) for n, t in tensors.items()))
     return out / "model.pth"
 
 

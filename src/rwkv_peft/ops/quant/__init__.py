@@ -22,4 +22,11 @@ def quantize(weight: Tensor, quant: str, dtype: torch.dtype) -> QuantizedLinear:
         return kind((weight.shape[0], weight.shape[1]), kind.stored(weight), dtype)
 
 
-__all__ = ["QUANTS", "QuantizedLinear", "quantize"]
+def form_in_file(weight: Tensor, quant: str) -> dict[str, Tensor]:
+    """What `to_file` of the quantised weight will give, of which dtypes and shapes are right; much faster than that."""
+    kind = QUANTS[quant]
+    with torch.no_grad():
+        return kind((weight.shape[0], weight.shape[1]), kind.blank(weight), weight.dtype).to_file()
+
+
+__all__ = ["QUANTS", "QuantizedLinear", "form_in_file", "quantize"]

@@ -144,6 +144,11 @@ class FourBitLinear(BlockLinear):
             "nested_absmax": ((-(-blocks // EIGHT),), torch.float32), "offset": ((1,), torch.float32),
         }  # fmt: skip
 
+    @classmethod
+    def blank(cls, weight: Tensor) -> dict[str, Tensor]:
+        absmax = [_quotients(weight.reshape(-1)[part], FOUR)[1] for part in parts(weight.numel())]
+        return super().blank(weight) | {"offset": torch.cat(absmax).cpu().mean().view(1)}
+
     def magnitudes(self, blocks: slice = slice(None)) -> Tensor:
         first, last, _ = blocks.indices(len(self.absmax))
         nested = self.nested_absmax[first // EIGHT : -(-last // EIGHT)].repeat_interleave(EIGHT)
