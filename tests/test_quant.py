@@ -388,7 +388,7 @@ def test_a_model_on_a_gpu(quant: str, tmp_path: Path) -> None:
     here = rp.load_model(tmp_path / "m.pth", "fp32", "cpu", **how)  # type: ignore[arg-type]
     assert there.emb.weight.device.type == "cpu" and there.emb.weight.is_pinned()
     tokens = random_tokens(512, 2, 40)
-    assert difference(there(tokens.cuda())[0].float().cpu(), here(tokens)[0]) < (0.1 if quant == "fp8" else 0.03)
+    assert difference(there(tokens.cuda())[0].float().cpu(), here(tokens)[0]) < (0.3 if quant == "fp8" else 0.03)
 
 
 @pytest.mark.parametrize("width", [64, 100, 2560])

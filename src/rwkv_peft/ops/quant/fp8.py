@@ -28,7 +28,8 @@ class Fp8Linear(QuantizedLinear):
 
     @classmethod
     def stored(cls, weight: Tensor) -> dict[str, Tensor]:
-        scale = weight.abs().amax(1, keepdim=True).float().clamp_(min=1e-38) / LARGEST
+        # times a number: a division by one is rounded otherwise on a GPU
+        scale = weight.abs().amax(1, keepdim=True).float().clamp_(min=1e-30) * (1 / LARGEST)
         values = torch.empty_like(weight, dtype=E4M3, memory_format=torch.contiguous_format)
         for rows in parts(len(weight), max(1, PART // weight.shape[1])):
             values[rows] = (weight[rows].float() / scale[rows]).to(E4M3)
