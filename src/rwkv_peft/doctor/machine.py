@@ -15,6 +15,7 @@ import torch
 
 from .. import __version__
 from ..ops.cuda.build import find_nvcc
+from ..ops.quant.fp8 import has_fp8
 
 Line = tuple[str, str]
 """A label, and the text beside it."""
@@ -62,6 +63,7 @@ def gpus(device: torch.device) -> Iterator[Line]:
         text = f"{card.name}, {card.total_memory / GIB:.1f} GiB, compute capability {card.major}.{card.minor}"
         if device.type == "cuda" and index == (device.index or 0):
             text += f", {torch.cuda.mem_get_info(device)[0] / GIB:.1f} GiB free"
+            text += ", products in fp8" if has_fp8(device) else ""
         yield f"GPU {index}", text
 
 

@@ -173,7 +173,8 @@ def plan(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool = True)
     ram = PROCESS[on_gpu] + in_ram + (0.0 if on_gpu else sum(parts.values()))
     # one tensor while it is cast; at the end what is written lies here too
     peak = max(ram, PROCESS[on_gpu] + in_ram + 4 * max(c.numel for c in outline.counts)) + written(config, outline)
-    run = measured(card, outline.sizes, outline.model.wkv, config.peft, tokens)
+    is_dense = config.quant == "none"
+    run = measured(card, outline.sizes, outline.model.wkv, config.peft, tokens) if is_dense else None
     disk = written(config, outline) * (2 if config.evaluates else 1)
     length = None if config.max_steps is None else tokens * config.grad_accum * config.max_steps
     return Plan(parts, context, ram, peak, disk, modes, count, card, on_gpu, length, run, notes_of(config, on_gpu))
