@@ -20,7 +20,7 @@ from random_model import SIZES, random_model
 from rwkv_peft.adapters import attach
 from rwkv_peft.models import Rwkv
 from rwkv_peft.training.engine import lean_memory
-from rwkv_peft.training.run import prepare
+from rwkv_peft.training.model import prepare
 from step import random_batches, run_steps
 
 METHODS = ("state", "lora", "bone", "pissa")

@@ -22,7 +22,7 @@ from rwkv_peft.models import MODELS
 from rwkv_peft.plan import Card, Outline, Plan, plan
 from rwkv_peft.plan.cards import KNOWN
 from rwkv_peft.training.engine import lean_memory
-from rwkv_peft.training.run import prepare
+from rwkv_peft.training.model import prepare
 from step import METHODS, random_batches, run_steps
 
 COLUMNS = [

@@ -30,8 +30,8 @@ from rwkv_peft.training.checkpointing import choose_checkpoint
 from rwkv_peft.training.engine import SingleProcess, lean_memory
 from rwkv_peft.training.loop import train_loop
 from rwkv_peft.training.metrics import StepRecord
+from rwkv_peft.training.model import prepare
 from rwkv_peft.training.optim import build_optimizer
-from rwkv_peft.training.run import prepare
 from rwkv_peft.yaml_config import convert, settings_of
 
 METHODS: dict[str, dict[str, Any]] = {

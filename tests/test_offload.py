@@ -30,8 +30,9 @@ from rwkv_peft.plan.activations import MODES as WAYS
 from rwkv_peft.plan.weights import learning_bytes
 from rwkv_peft.training.checkpointing import choose_checkpoint
 from rwkv_peft.training.engine import SingleProcess
+from rwkv_peft.training.model import prepare
 from rwkv_peft.training.offload import AHEAD, Buffers, Offload, Parked
-from rwkv_peft.training.run import prepare, train
+from rwkv_peft.training.run import train
 from rwkv_peft.training.step import MicroBatches
 from test_steps import BATCHES, PENALTY, Products, gradients, trained_model, versions
 

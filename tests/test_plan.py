@@ -28,7 +28,8 @@ from rwkv_peft.plan.activations import MODES, Activations
 from rwkv_peft.plan.cards import GIB, size_in_bytes
 from rwkv_peft.plan.memory import CUBLAS
 from rwkv_peft.training import memory
-from rwkv_peft.training.run import prepare, train
+from rwkv_peft.training.model import prepare
+from rwkv_peft.training.run import train
 
 METHODS: dict[str, dict[str, Any]] = {
     "lora": {"rank": 4},

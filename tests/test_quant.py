@@ -411,3 +411,14 @@ def test_inspect_tells_of_a_quantised_file(tmp_path: Path, capsys: pytest.Captur
     assert quantised["formats"] == "fp32 (57 tensors), nf4 (12 tensors)"
     same = ("model", "layers", "parameters", "fingerprint")
     assert [dense[key] for key in same] == [quantised[key] for key in same]
+
+
+def test_a_head_that_was_trained_takes_no_quantised_one(tmp_path: Path) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    model = rp.attach_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), rp.AdapterConfig(rank=4), ("head",))
+    rp.save_adapter(model, tmp_path / "adapter")
+    rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), tmp_path / "adapter")
+    with pytest.raises(
+        ConfigError, match=r"holds head\.weight, which is quantised here; leave --quant"
+    ):
+        rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4", quant_head=True), tmp_path / "adapter")

@@ -113,6 +113,9 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
     if saved.base and model.fingerprint and model.fingerprint != saved.base:
         raise CheckpointError(f"{path}: was trained on a base with other weights than {model.source}; load that base")
     check_fit(path, saved, model.shapes(), model.sizes)
+    quantised = [name for name in saved.parts if isinstance(_owner(model, name), QuantizedLinear)]
+    if quantised:
+        raise ConfigError(f"{path}: holds {quantised[0]}, which is quantised here; leave --quant-head out")
     if is_first:
         freeze(model)
     if config.peft.startswith(FOREIGN):
@@ -129,6 +132,14 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
     if model.form == ChatForm():  # of several, the first that has one
         model.form = saved.form
     model.adapter_count += 1
+
+
+def _owner(model: nn.Module, parameter: str) -> nn.Module | None:
+    """The module that a parameter of this name is of; None for one that the model has not yet."""
+    try:
+        return model.get_submodule(parameter.rpartition(".")[0])
+    except AttributeError:
+        return None
 
 
 def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:

@@ -165,7 +165,9 @@ def plan(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool = True)
     modes = modes_of(config, outline, activations, card, on_gpu, sum(parts.values()), gradients + optimiser)
     kept, in_ram = activations.kept(modes), in_ram + activations.in_ram(modes)
     if is_fresh(config):
-        gradients -= min(gradients, kept)  # they are made as what was kept is freed
+        # they are made as what was kept is freed; but the loss makes the head's before
+        early = outline.sum([(c, size) for c, size in trained if c.sort == "head"])
+        gradients = early + max(0.0, gradients - early - kept)
     parts |= {"gradients": gradients, "optimiser": optimiser, "activations": kept}
     parts["loss or layer"] = activations.at_once(modes)
 

@@ -16,36 +16,29 @@ import torch
 from rich.console import Console
 
 from ..adapters import (
-    SavedAdapter,
-    attach_adapter,
-    attach_saved,
-    draws_random_numbers,
     follow,
-    read_adapter,
     save_adapter,
 )
-from ..adapters.attach import adapted, check_apart, ends_in
-from ..adapters.trainable import add_parts, make_trainable, part_names
 from ..checkpoint import read_tensors, stream_tensors
-from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of, shares_of
+from ..config import ChatForm, TrainConfig, shares_of
 from ..data.binidx import is_binidx
 from ..data.dataset import Dataset, load_for_training
 from ..data.sampling import Sampler
 from ..data.templates import find_template
 from ..data.tokenizer import Tokenizer, tokenizer_for
 from ..errors import ConfigError, OutputError, TrainingError
-from ..loading import EMBEDDING, find_device, load_model, read_sizes
-from ..models import STATES, Rwkv
+from ..loading import find_device, read_sizes
+from ..models import Rwkv
 from ..ops.quant.fp8 import has_fp8
 from ..yaml_config import to_yaml
-from .checkpointing import choose_checkpoint, free_memory
 from .engine import SingleProcess, lean_memory
 from .evaluation import Evaluation
 from .loop import train_loop
 from .memory import Forecast
 from .metrics import Metrics
-from .offload import Offload, check_offload
-from .optim import build_optimizer, check_optimizer, keep_in_bf16
+from .model import going_on, load_base, prepare, saved_adapter
+from .offload import check_offload
+from .optim import build_optimizer, check_optimizer
 
 LONGEST_NAME = 255  # bytes that file systems allow
 
@@ -133,96 +126,6 @@ def ended(out: Path, result: Path, metrics: Metrics, evaluation: Evaluation | No
     at = evaluation.best_step
     metrics.say(f"best after {at} steps: loss {evaluation.losses[at]:.4f} on the held-out examples: {evaluation.best}")
     return RunResult(out, result, steps, losses, interrupted, evaluation.best, evaluation.losses)
-
-
-def load_base(config: TrainConfig, saved: SavedAdapter | None) -> Rwkv:
-    """The model to train, kept as `config` says. Raises ConfigError and CheckpointError."""
-    trains = config.peft == "full" or "emb" in config.parts() or (saved is not None and EMBEDDING in saved.parts)
-    on_gpu = find_device(config.device).type == "cuda"
-    embedding = config.embedding
-    if embedding == "auto":
-        embedding = "cpu" if on_gpu and not trains else "gpu"
-    elif trains and embedding == "cpu":
-        raise ConfigError(f"--embedding cpu: {config.adapter} trains the embedding; leave it out")
-    elif embedding == "gpu" and not on_gpu:
-        raise ConfigError("--embedding gpu: the run is on the CPU; leave it out")
-    how = (config.precision, config.device, config.op, config.quant, config.quant_head, embedding)
-    return load_model(config.model, *how)
-
-
-def saved_adapter(config: TrainConfig) -> SavedAdapter | None:
-    """The adapter to go on with; a folder holds its own alpha. Raises CheckpointError."""
-    if config.adapter is None:
-        return None
-    return read_adapter(config.adapter, config.alpha if config.adapter.is_file() else None, config.pissa_init)
-
-
-def going_on(config: TrainConfig, saved: SavedAdapter | None) -> TrainConfig:
-    """With the method of the adapter to go on with, its form of conversations, and the rates that suit it."""
-    if saved is None:
-        return config
-    form = saved.form
-    if ChatForm(config.template, "", config.stop_token, config.special_tokens) == ChatForm():
-        config = replace(config, template=form.template, stop_token=form.stop_token, special_tokens=form.special_tokens)
-    if config.peft == TrainConfig.peft:
-        config = replace(config, peft=saved.config.peft if saved.config else "state")
-    if config.lr is None and not all(name.endswith(STATES) for name in (*saved.tensors, *saved.parts)):
-        config = replace(config, lr=LR, lr_state=config.lr_state or LR_STATE)
-    return config
-
-
-def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None) -> None:
-    """Attach a new adapter, or the `saved` one to go on with, and let what is to train, train."""
-    torch.manual_seed(config.seed)
-    parts = config.parts()
-    if config.peft == "full":
-        add_parts(model, parts)
-        make_trainable(model, [name for name, _ in model.named_parameters()])
-    elif saved is None or config.adapter is None:
-        attach_adapter(model, config.adapter_config(), parts)
-    else:
-        attach_saved(model, saved, config.adapter)
-        check_continued(config, model)
-        add_parts(model, parts)
-        names = [name for part in parts for name in part_names(model, part)]
-        check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
-        make_trainable(model, names)
-    if config.master_weights == "bf16":
-        keep_in_bf16(model)
-    model.draws = draws_random_numbers(model)
-    if model.like.is_cuda:
-        torch.cuda.empty_cache()  # of what was there on the way to here
-    model.grad_checkpoint = checkpoint_of(model, config)
-    if config.offload_checkpoints:
-        assert config.micro_batch is not None
-        numbers = config.micro_batch * config.ctx_len * model.sizes.width
-        model.keep = Offload(model.like.device, numbers * model.like.element_size())
-    model.train()
-
-
-def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
-    """What the layers compute anew; `auto` is decided for each of them."""
-    if config.grad_checkpoint != "auto":
-        return config.grad_checkpoint
-    if model.like.device.type != "cuda":
-        return "none"
-    assert config.micro_batch is not None
-    return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device), config)
-
-
-def check_continued(config: TrainConfig, model: Rwkv) -> None:
-    """Raise ConfigError if a setting was given that contradicts the adapter to go on with."""
-    saved, asked, plain = model.adapter_config, config.adapter_config(), AdapterConfig()
-    assert saved is not None
-    for name in ("peft", "rank", "alpha", "rank_stabilised", "dora"):
-        got, want = getattr(asked, name), getattr(saved, name)
-        if got not in (getattr(plain, name), want):
-            shown = want if saved.peft in MEANT_FOR.get(name, (saved.peft,)) else f"none, as {saved.peft}"
-            raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
-    chosen = {target for target in saved.targets if ends_in(target, asked.targets)}
-    if asked.targets and saved.targets and chosen != set(saved.targets):
-        raise ConfigError(f"--targets {' '.join(asked.targets)}: {config.adapter} has its own; leave it out")
-    saved.dropout = config.dropout or saved.dropout
 
 
 def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
