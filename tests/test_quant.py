@@ -418,7 +418,5 @@ def test_a_head_that_was_trained_takes_no_quantised_one(tmp_path: Path) -> None:
     model = rp.attach_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), rp.AdapterConfig(rank=4), ("head",))
     rp.save_adapter(model, tmp_path / "adapter")
     rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), tmp_path / "adapter")
-    with pytest.raises(
-        ConfigError, match=r"holds head\.weight, which is quantised here; leave --quant"
-    ):
+    with pytest.raises(ConfigError, match=r"holds head\.weight, which is quantised here; leave --quant"):
         rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4", quant_head=True), tmp_path / "adapter")
