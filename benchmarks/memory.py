@@ -86,6 +86,8 @@ def main() -> None:
     parser.add_argument("--plain", action="store_true")
     args = parser.parse_args()
     device, rows = torch.device(args.device), []
+    if device.type != "cuda":
+        parser.error("needs a GPU")
     lean_memory(device)
     attach.original_weight = rounded  # type: ignore[assignment]
     for size, method, quant in product(args.sizes, args.methods, args.quants):
