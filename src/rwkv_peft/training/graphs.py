@@ -94,7 +94,6 @@ class Graphs:
             return self._run_plainly(shape)
         if shape not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            torch.cuda.empty_cache()  # the graphs have memory of their own, beside which that of the plain run goes
             with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 result = self._call(shape)
                 self._leave_gradients()
