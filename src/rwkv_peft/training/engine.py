@@ -27,9 +27,9 @@ def lean_memory(device: torch.device) -> None:
     if not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MiB, where cuBLAS takes 32 on a Hopper card
-    torch.cuda.mem_get_info(device)  # makes CUDA's context, whose limits are meant
     driver = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}.get(sys.platform, "")
-    with suppress(OSError):  # where the driver has another name, the stacks stay as they are
+    with torch.cuda.device(device), suppress(OSError):  # where the driver has another name, the stacks stay as they are
+        torch.cuda.mem_get_info()  # makes CUDA's context, whose limits are meant
         ctypes.CDLL(driver).cuCtxSetLimit(STACK_LIMIT, ctypes.c_size_t(STACK))
 
 
