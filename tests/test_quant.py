@@ -420,3 +420,18 @@ def test_a_head_that_was_trained_takes_no_quantised_one(tmp_path: Path) -> None:
     rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), tmp_path / "adapter")
     with pytest.raises(ConfigError, match=r"holds head\.weight, which is quantised here; leave --quant"):
         rp.load_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4", quant_head=True), tmp_path / "adapter")
+
+
+@quants
+def test_nan_in_a_quantised_file(quant: str, tmp_path: Path) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    file = export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", quant)
+    tensors = read_tensors(file, whole_numbers=True)
+    name = "blocks.1.ffn.key.weight"
+    if quant == "fp8":
+        tensors[name].view(torch.uint8)[3, 4] = 255
+    else:
+        tensors[f"{name}.{'absmax' if quant == 'int8' else 'nested_absmax'}"][0] = float("inf")
+    write_tensors(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"bad\.safetensors: tensor blocks\.1\.ffn\.key\.weight holds NaN or Inf"):
+        rp.load_model(tmp_path / "bad.safetensors")

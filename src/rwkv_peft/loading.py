@@ -54,7 +54,10 @@ def load_model(
     fingerprint = Fingerprint()
     for name, entry in read_by_layer(path):
         if isinstance(entry, Packed):
-            set_module(model, name, entry.layer(number, place))
+            layer = entry.layer(number, place)
+            if not layer.is_finite():
+                raise CheckpointError(f"{path}: tensor {name} holds NaN or Inf; get the file again")
+            set_module(model, name, layer)
             continue
         fingerprint.add(name, entry)
         if name in kind.unused:

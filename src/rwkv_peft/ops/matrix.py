@@ -111,6 +111,10 @@ class QuantizedLinear(Linear, ABC):
     def rows(self) -> int:
         return self.out_features
 
+    def is_finite(self) -> bool:
+        """Whether the weight holds neither NaN nor Inf."""
+        return all(bool(b.isfinite().all()) for b in self.buffers() if b.dtype == torch.float32)
+
     def times(self, x: Tensor) -> Tensor:
         return x @ self.dense(x.dtype).T
 

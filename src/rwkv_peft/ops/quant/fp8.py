@@ -15,6 +15,7 @@ from .blocks import PART, parts
 
 E4M3 = torch.float8_e4m3fn
 LARGEST = 448.0  # of e4m3
+NAN = 127  # its bits but the sign
 
 
 class Fp8Linear(QuantizedLinear):
@@ -38,6 +39,9 @@ class Fp8Linear(QuantizedLinear):
     @staticmethod
     def layout(rows: int, columns: int) -> dict[str, tuple[tuple[int, ...], torch.dtype]]:
         return {"weight": ((rows, columns), E4M3), "scale": ((rows, 1), torch.float32)}
+
+    def is_finite(self) -> bool:
+        return super().is_finite() and not bool((self.weight.view(torch.uint8) & 127 == NAN).any())
 
     def times(self, x: Tensor) -> Tensor:
         if not self.multiplies(x):
