@@ -199,6 +199,17 @@ def test_bitsandbytes_file_is_read(tmp_path: Path, bitsandbytes: Any) -> None:
     assert isinstance(model.blocks[0].att.receptance, QuantizedLinear)  # the others are quantised here
 
 
+@pytest.mark.parametrize("quant", ["nf4", "fp4"])
+def test_bitsandbytes_reads_an_export(quant: str, tmp_path: Path, bitsandbytes: Any) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    tensors = read_tensors(export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", quant), whole_numbers=True)
+    name = "blocks.1.ffn.value.weight"
+    own = {key.removeprefix(f"{name}."): t for key, t in tensors.items() if key.startswith(f"{name}.")}
+    state = bitsandbytes.QuantState.from_dict(own, device=CPU)
+    want = rp.load_model(tmp_path / "m.pth", quant=quant).blocks[1].ffn.value.dense()
+    assert torch.equal(bitsandbytes.dequantize_4bit(tensors[name], state), want)
+
+
 @pytest.mark.parametrize("damage", ["absmax", "shape", "map", "json", "blocksize", "format"])
 def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
     torch.save(random_model(), tmp_path / "m.pth")
