@@ -19,11 +19,11 @@ from rwkv_peft.ops.adam import (
     adamw,
     averages_of,
     dequantised,
-    dynamic_map,
     quantised,
     quantisers,
     rounded,
 )
+from rwkv_peft.ops.quant.blocks import dynamic_map
 from rwkv_peft.training.adamw import LeanAdamW
 from rwkv_peft.training.outcome import Guard
 

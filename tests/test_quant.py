@@ -210,7 +210,7 @@ def test_bitsandbytes_reads_an_export(quant: str, tmp_path: Path, bitsandbytes: 
     assert torch.equal(bitsandbytes.dequantize_4bit(tensors[name], state), want)
 
 
-@pytest.mark.parametrize("damage", ["absmax", "shape", "map", "json", "blocksize", "format"])
+@pytest.mark.parametrize("damage", ["absmax", "shape", "map", "json", "deep", "infinite", "blocksize", "format"])
 def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
     torch.save(random_model(), tmp_path / "m.pth")
     file = export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "nf4")
@@ -225,6 +225,11 @@ def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
         tensors[f"{name}.quant_map"] = tensors[f"{name}.quant_map"] * 1.01
     elif damage == "json":
         tensors[state] = tensors[state][:-3]
+    elif damage == "deep":
+        tensors[state] = torch.full((4000,), ord("["), dtype=torch.uint8)
+    elif damage == "infinite":
+        changed = json.dumps(settings_of(tensors[state]) | {"shape": [float("inf"), 1]})
+        tensors[state] = torch.tensor(list(changed.encode()), dtype=torch.uint8)
     elif damage == "blocksize":
         changed = json.dumps(settings_of(tensors[state]) | {"blocksize": 128})
         tensors[state] = torch.tensor(list(changed.encode()), dtype=torch.uint8)

@@ -49,7 +49,7 @@ class Packed:
     @property
     def dtype(self) -> torch.dtype:
         """The number format that the weight had before; bf16 where the file does not tell."""
-        return DTYPES.get(NUMBERS.get(self.settings.get("dtype", ""), ""), torch.bfloat16)
+        return DTYPES.get(NUMBERS.get(str(self.settings.get("dtype")), ""), torch.bfloat16)
 
     @property
     def nbytes(self) -> int:
@@ -126,7 +126,7 @@ def packed(what: str, tensors: dict[str, Tensor]) -> Packed:
         layout = QUANTS[quant].layout(rows, columns)
         if {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} != layout:
             raise ValueError("shapes that do not fit together")
-    except (KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{what}: is no {quant} matrix as this program and bitsandbytes store it ({error}); get the file again"
         ) from error

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .quant.blocks import dynamic_map
+
 BLOCK = 256  # values that share a scale
 SMALL = 4096  # tensors of fewer values keep their averages in float32
 TINY = torch.finfo(torch.float32).tiny
@@ -85,20 +87,6 @@ def adamw(p: Tensor, g: Tensor, averages: Averages, rates: Rates, maps: Tensor, 
         v, averages["v_max"][:] = quantised(v, maps[3])
     for kept, new in (p, x), (averages["m"], m), (averages["v"], v):
         kept.copy_(new.view(kept.shape))
-
-
-def dynamic_map(signed: bool) -> Tensor:
-    """The 256 numbers from -1 (or 0) to 1 that 8 bits stand for, rising; float32.
-
-    0 and 1, and in each of the seven decades below 1 twice as many as in the one before, evenly spread.
-    """
-    decades = []
-    for i in range(7):
-        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
-        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
-    positive = torch.cat(decades)
-    negative = -positive if signed else positive[:0]
-    return torch.cat((negative, torch.tensor([0.0, 1.0]), positive)).sort().values
 
 
 def quantisers(device: torch.device) -> Tensor:

@@ -16,8 +16,8 @@ from ..adapters.trainable import add_parts, freeze, make_trainable, part_names
 from ..config import FOREIGN, TrainConfig
 from ..loading import without_values
 from ..models import STATES, Rwkv, Sizes
+from ..ops.adam import SMALL
 
-LEAST_8BIT = 4096  # values; optimisers of 8 bits and masters in bf16 leave smaller tensors in float32
 MATRICES = ("matrix", "head", "embedding", "adapter")  # sorts that can be kept in bf16 while they train
 
 
@@ -88,7 +88,7 @@ def is_foreign(config: TrainConfig) -> bool:
 
 def trained_bytes(count: Count, master_weights: str) -> float:
     """Of a parameter that trains, and as many of its gradient."""
-    is_large = count.sort in MATRICES and count.rows and count.numel > LEAST_8BIT
+    is_large = count.sort in MATRICES and count.rows and count.numel > SMALL
     is_half = master_weights == "bf16" and is_large
     return count.numel * (2.0 if is_half else 4.0)
 
@@ -97,7 +97,7 @@ def optimiser_bytes(count: Count, optim: str) -> float:
     """Of the averages that an optimiser keeps of a parameter that trains."""
     match optim.removeprefix("paged-"):
         case "adamw8bit":
-            return count.numel * (2 + 8 / 256 if count.numel >= LEAST_8BIT else 8.0)
+            return count.numel * (2 + 8 / 256 if count.numel >= SMALL else 8.0)
         case "adafactor":
             return 4.0 * (2 * count.rows if count.rows else count.numel)  # a row's and a column's mean; nearly nothing
         case "muon":

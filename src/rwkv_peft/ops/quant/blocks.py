@@ -254,8 +254,8 @@ def _whole_blocks(x: Tensor, block: int) -> Tensor:
 @cache
 def quant_map(quant: str, device: torch.device) -> Tensor:
     """The numbers that the indices of a format stand for, float32, in the order of the indices."""
-    numbers = MAPS.get(quant) or dynamic_numbers()
-    return torch.tensor(numbers, dtype=torch.float32, device=device)
+    numbers = torch.tensor(MAPS[quant], dtype=torch.float32) if quant in MAPS else dynamic_map(signed=True)
+    return numbers.to(device)
 
 
 @cache
@@ -265,14 +265,18 @@ def pair_map(quant: str, device: torch.device) -> Tensor:
     return torch.stack((numbers.repeat_interleave(16), numbers.repeat(16)), 1).view(torch.int64).view(-1)
 
 
-def dynamic_numbers() -> list[float]:
-    """The 256 numbers of 8 bits, ascending: 0, 1, and for each power of ten from 1e-6 to 1 twice as many fractions."""
-    numbers = [0.0, 1.0]
+def dynamic_map(signed: bool) -> Tensor:
+    """The 256 numbers from -1 (or 0) to 1 that 8 bits stand for, rising; float32.
+
+    0 and 1, and in each of the seven decades below 1 twice as many as in the one before, evenly spread.
+    """
+    decades = []
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1)
-        fractions = (edges[:-1] + edges[1:]) / 2
-        numbers += [sign * x for sign in (1, -1) for x in (10.0 ** (i - 6) * fractions).tolist()]
-    return sorted(numbers)
+        edges = torch.linspace(0.1, 1, (2**i if signed else 2 ** (i + 1)) + 1)
+        decades.append((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6))
+    positive = torch.cat(decades)
+    negative = -positive if signed else positive[:0]
+    return torch.cat((negative, torch.tensor([0.0, 1.0]), positive)).sort().values
 
 
 @cache
