@@ -451,3 +451,16 @@ def test_nan_in_a_quantised_file(quant: str, tmp_path: Path) -> None:
     write_tensors(tmp_path / "bad.safetensors", tensors)
     with pytest.raises(CheckpointError, match=r"bad\.safetensors: tensor blocks\.1\.ffn\.key\.weight holds NaN or Inf"):
         rp.load_model(tmp_path / "bad.safetensors")
+
+
+def test_a_quantised_file_is_not_trained_in_full(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    file = export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "int8")
+    (tmp_path / "data.jsonl").write_text('{"text": "some words"}\n')
+    data, out = str(tmp_path / "data.jsonl"), tmp_path / "out"
+    how = ["--data", data, "--out", str(out), "--peft", "full", "--device", "cpu", "--max-steps", "1"]
+    assert main(["train", "--model", str(file), *how]) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: --peft full: {file} holds int8, which cannot train; name the dense"
+    )
+    assert not out.exists()

@@ -51,7 +51,10 @@ def load_base(config: TrainConfig, saved: SavedAdapter | None) -> Rwkv:
     elif embedding == "gpu" and not on_gpu:
         raise ConfigError("--embedding gpu: the run is on the CPU; leave it out")
     how = (config.precision, config.device, config.op, config.quant, config.quant_head, embedding)
-    return load_model(config.model, *how)
+    model = load_model(config.model, *how)
+    if config.peft == "full" and model.quant != "none":
+        raise ConfigError(f"--peft full: {config.model} holds {model.quant}, which cannot train; name the dense file")
+    return model
 
 
 def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None) -> None:
