@@ -139,6 +139,7 @@ def measure(case: Original, args: Any) -> dict[str, Any]:
     row: dict[str, Any] = {"size": case.size, "method": case.method, "ctx": case.ctx, "rows": rows, "op": args.op}
     settings: dict[str, Any] = dict(METHODS[case.method], precision=args.precision, op=args.op, ctx_len=case.ctx)
     settings |= {"optim": args.optim, "master_weights": args.master_weights}
+    settings["offload_checkpoints"] = args.offload_checkpoints
     if args.grad_checkpoint is not None:
         hint = settings_of(TrainConfig)["grad_checkpoint"].hint
         settings["grad_checkpoint"] = convert(args.grad_checkpoint, hint, "--grad-checkpoint")
@@ -199,6 +200,7 @@ def main() -> None:
         "--grad-checkpoint",
         help="as of train; [for the original's runs what fits into its memory, else auto]",
     )
+    parser.add_argument("--offload-checkpoints", action="store_true")
     parser.add_argument("--op", default="auto")
     parser.add_argument("--quant", default="none")
     parser.add_argument("--quant-head", action="store_true")
@@ -214,7 +216,7 @@ def main() -> None:
     lean_memory(device)
     args.precision = args.precision or ("bf16" if device.type == "cuda" else "fp32")
     names = ("precision", "op", "grad_checkpoint", "packed", "quant", "quant_head", "embedding", "optim")
-    how = {name: getattr(args, name) for name in (*names, "master_weights")}
+    how = {name: getattr(args, name) for name in (*names, "master_weights", "offload_checkpoints")}
     print(f"Training steps; {how}; {describe(device)}", flush=True)
     for case in cases_of(args):
         rows.append(measure(case, args))
