@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import io
 import json
+import weakref
 from collections import deque
 from collections.abc import Callable
 from dataclasses import replace
@@ -418,7 +419,9 @@ def test_memory_falls_and_nothing_waits(version: str, graphs: bool, model_file: 
         found.append(
             {"loss": loss.cpu()} | {n: p.grad.cpu() for n, p in model.named_parameters() if p.grad is not None}
         )
+        gone = weakref.ref(micro_batches.graphs or model)
         del model, micro_batches, loss
+        assert gone() is None, "graphs and their memory would stay until Python looks for cycles"
     errors = {n: float((x - found[1][n]).norm() / x.norm().clamp(min=1e-20)) for n, x in found[0].items()}
     assert max(errors.values()) <= 1e-3, errors
     unit = 8000 * 256 * 2

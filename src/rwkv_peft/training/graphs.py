@@ -7,7 +7,9 @@ first time, captured the second time, and replayed from then on.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import gc
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from functools import cache
 from typing import NamedTuple
 
@@ -94,7 +96,7 @@ class Graphs:
             return self._run_plainly(shape)
         if shape not in self.graphs:
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            with no_garbage_collection(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
                 result = self._call(shape)
                 self._leave_gradients()
             self.graphs[shape] = graph, result
@@ -128,6 +130,18 @@ class Graphs:
         tokens, starts, ends, positions, labels, offsets = self.inputs[shape].split(shape.sizes)  # type: ignore[no-untyped-call]
         documents = Documents.placed(tokens[None].long(), offsets.clone(), torch.stack((starts, ends)))
         return self.compute(documents, positions.long(), labels.long(), self.factor)
+
+
+@contextmanager
+def no_garbage_collection() -> Iterator[None]:
+    """What Python would find to be garbage meanwhile may be another graph, whose end would spoil one that is made."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @cache

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor
 
@@ -46,7 +47,8 @@ class MicroBatches:
         self.graphs: Graphs | None = None
         if graphs and not why_not(model):
             fresh = [p for p in model.parameters() if p.requires_grad] if alone else []
-            self.graphs = Graphs(self._forward_and_backward, model.like.device, fresh)
+            compute = partial(_forward_and_backward, model, logit_penalty, backward)
+            self.graphs = Graphs(compute, model.like.device, fresh)
         self.keeps_gradients = self.graphs is not None and not alone  # graphs add to them where they are
 
     def run(self, batch: Batch, targets: int) -> Tensor:
@@ -57,14 +59,25 @@ class MicroBatches:
         if self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.run(batch, 1 / targets)
         total, loss = batch_loss(self.model, batch, self.logit_penalty)
-        self._backward(total / targets)
+        _backward(self.model, self.backward, total / targets)
         return loss / targets
 
-    def _forward_and_backward(self, documents: Documents, positions: Tensor, labels: Tensor, factor: Tensor) -> Tensor:
-        total, loss = loss_at(self.model, documents, positions, labels, self.logit_penalty)
-        self._backward(total * factor)
-        return loss * factor
 
-    def _backward(self, total: Tensor) -> None:
-        self.backward(total)
-        self.model.keep.settle()
+def _forward_and_backward(
+    model: Rwkv,
+    logit_penalty: float,
+    backward: Callable[[Tensor], None],
+    documents: Documents,
+    positions: Tensor,
+    labels: Tensor,
+    factor: Tensor,
+) -> Tensor:
+    """What a graph is made of. It does not know who asks for it, so that both are gone as soon as nobody needs them."""
+    total, loss = loss_at(model, documents, positions, labels, logit_penalty)
+    _backward(model, backward, total * factor)
+    return loss * factor
+
+
+def _backward(model: Rwkv, backward: Callable[[Tensor], None], total: Tensor) -> None:
+    backward(total)
+    model.keep.settle()
