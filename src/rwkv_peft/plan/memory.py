@@ -29,7 +29,7 @@ from .weights import (
     trained_bytes,
 )
 
-CONTEXT = 0.6 * GIB  # CUDA's own, with the kernels that are loaded; torch does not count it
+CONTEXT = 0.7 * GIB  # CUDA's own, the kernels that are loaded, and pages that are used in part; torch does not count it
 CUBLAS = 9 * 2**20  # its workspace, as `lean_memory` sets it
 PROCESS = {True: 2.0 * GIB, False: 0.4 * GIB}  # RAM of Python and torch, with CUDA's libraries and without
 SPARE = 0.9  # share of the free memory that `auto` plans with, for what nobody counts
@@ -220,7 +220,7 @@ def modes_of(
 def is_fresh(config: TrainConfig) -> bool:
     """Whether a step's gradients are made anew while the activations go, instead of being added to.
 
-    Where rows differ from step to step there are several CUDA graphs, and each holds its own.
+    Where rows differ from step to step there are several CUDA graphs, which leave theirs in one place that stays.
     """
     return config.grad_accum == 1 and (config.sampling == "get" or not config.graphs)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from functools import partial
 
+import torch
 from torch import Tensor
 
 from ..data.batches import Batch
@@ -45,11 +46,14 @@ class MicroBatches:
     ) -> None:
         self.model, self.logit_penalty, self.backward = model, logit_penalty, backward
         self.graphs: Graphs | None = None
+        trained = [p for p in model.parameters() if p.requires_grad]
         if graphs and not why_not(model):
-            fresh = [p for p in model.parameters() if p.requires_grad] if alone else []
             compute = partial(_forward_and_backward, model, logit_penalty, backward)
-            self.graphs = Graphs(compute, model.like.device, fresh)
+            self.graphs = Graphs(compute, model.like.device, trained if alone else [])
         self.keeps_gradients = self.graphs is not None and not alone  # graphs add to them where they are
+        if self.keeps_gradients:
+            for p in trained:  # side by side: made among activations, they would leave the memory in pieces
+                p.grad = torch.zeros_like(p)
 
     def run(self, batch: Batch, targets: int) -> Tensor:
         """The batch's share of the mean cross-entropy of a step that has so many `targets`; a scalar without gradient.
