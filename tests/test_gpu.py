@@ -25,12 +25,13 @@ from rwkv_peft.data.batches import Batch, beside
 from rwkv_peft.data.masking import Encoded
 from rwkv_peft.doctor import selftest
 from rwkv_peft.errors import TrainingError
+from rwkv_peft.models import Rwkv
 from rwkv_peft.ops import BACKENDS, choose_backend, cuda, reference
 from rwkv_peft.training.engine import SingleProcess
 from rwkv_peft.training.graphs import Graphs, Shape
 from rwkv_peft.training.optim import build_optimizer, keep_in_bf16
 from rwkv_peft.training.outcome import Guard, Outcome
-from rwkv_peft.training.step import MicroBatches
+from rwkv_peft.training.step import MicroBatches, batch_loss
 from test_ops import DOCUMENTS, assert_same, cast, make_inputs, make_state, results
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="torch sees no GPU")]
@@ -277,6 +278,55 @@ def test_graphs_change_nothing(
     assert len(counts) == 2 if most == 2 else len(counts) > 3
     assert (len(shapes) < 30 * grad_accum) == (most == 2)
     assert max(counts.values()) > 3  # run, captured, and replayed more than once
+
+
+def bf16_model(path: Path, rank: int) -> Rwkv:
+    """With a LoRA in bf16, on the GPU."""
+    model = rp.load_model(path, "bf16", "cuda")
+    rp.attach_adapter(model, rp.AdapterConfig(rank=rank), ("time", "ln"))
+    keep_in_bf16(model)
+    model.draws = False
+    return model.train()
+
+
+@pytest.mark.parametrize("alone", [True, False])
+def test_all_shapes_share_one_memory(
+    alone: bool, model_file: Callable[..., Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With what is run plainly, since it is new or there are too many shapes, and with evaluations in between."""
+    monkeypatch.setattr("rwkv_peft.training.graphs.MOST_SHAPES", 3)
+    model = bf16_model(model_file(layers=6, width=512, head_size=64), 32)
+    torch.cuda.empty_cache()
+    resting = torch.cuda.memory_reserved()
+    micro_batches = MicroBatches(model, 1e-4, SingleProcess().backward, graphs=True, alone=alone)
+    assert micro_batches.graphs is not None
+    largest, *others = [documents(n, n - 9, 8) for n in (4096, 3500, 3000, 2500, 2000, 1500, 4000)]
+
+    def run(batch: Batch) -> None:
+        micro_batches.run(batch, len(batch.labels))
+        if alone:
+            model.zero_grad()
+        with torch.no_grad(), micro_batches.memory():
+            batch_loss(model, largest, 0.0)
+
+    for batch in [largest] * 3:
+        run(batch)
+    taken = torch.cuda.memory_reserved() - resting
+    torch.cuda.reset_peak_memory_stats()
+    for batch in others * 3:
+        run(batch)
+    assert len(micro_batches.graphs.graphs) == 3
+    assert torch.cuda.max_memory_reserved() - resting <= 1.2 * taken
+
+
+def test_saving_takes_no_memory_of_the_gpu(model_file: Callable[..., Path], tmp_path: Path) -> None:
+    """Though folders hold float32: only a matrix's tensors are made so at once."""
+    model = bf16_model(model_file(layers=6, width=512, head_size=64), 128)
+    trained = [p.numel() for p in model.parameters() if p.requires_grad]
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    rp.save_adapter(model, tmp_path / "adapter")
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 2.1 * max(trained) < sum(trained)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -58,7 +58,7 @@ def _save(model: nn.Module, folder: Path, config: AdapterConfig) -> None:
     """As `save_adapter`, of a model whose adapter is not merged."""
     layers = dict(adapted(model))
     tensors = foreign.tensors(model) or {
-        f"{n}.{k}": t for n, layer in layers.items() for k, t in layer.to_file().items()
+        f"{n}.{k}": t.cpu() for n, layer in layers.items() for k, t in layer.to_file().items()
     }
     parts, states = split_states(trained_parts(model, layers))
     settings = foreign.settings(model) or peft_config(config, layers, getattr(model, "source", ""))
@@ -157,11 +157,11 @@ def put_parts(model: nn.Module, parts: Mapping[str, Tensor]) -> None:
 
 
 def trained_parts(model: nn.Module, layers: Mapping[str, AdaptedLinear]) -> dict[str, Tensor]:
-    """Every parameter that trains, or came with an adapter, and is not an adapter's own; in float32."""
+    """Every parameter that trains, or came with an adapter, and is not an adapter's own; float32, on the CPU."""
     own = {f"{name}.{key}" for name, layer in layers.items() for key in layer.trained()} | foreign.parameters(model)
     parts = {name: p for name, p in model.named_parameters() if p.requires_grad and name not in own}
     parts |= {name: model.get_parameter(name) for name in getattr(model, "adapter_bases", ())}
-    return {name: unshortened(p.data) for name, p in parts.items()}
+    return {name: unshortened(p.data.cpu()) for name, p in parts.items()}
 
 
 def split_states(parts: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

@@ -2,7 +2,8 @@
 
 A graph is bound to shapes and addresses. So a micro-batch is padded to one of few shapes and copied to where the graph
 reads: the padding is a document of its own, after all others, and its targets count nothing. A shape is run plainly the
-first time, captured the second time, and replayed from then on.
+first time, captured the second time, and replayed from then on; all of that in one memory, since what a graph has used
+stays its own for good.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cache
-from typing import NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from ..models import Rwkv
 from ..models.layers import Documents
 from ..ops import triton
 
-MOST_SHAPES = 16  # further ones are run plainly; each graph holds its launches, all share one memory
+MOST_SHAPES = 16  # further ones are run plainly; each graph holds its launches
 NO_TARGET = -100
 
 
@@ -61,8 +62,8 @@ def why_not(model: Rwkv) -> str | None:
 class Graphs:
     """Calls `compute(documents, positions, labels, factor)`, which returns a scalar, as CUDA graphs.
 
-    What it does to `.grad` is to add. Of the parameters `fresh` it is to replace: then nothing need be made 0 and added
-    to.
+    What it does to `.grad` is to add. Of the parameters `fresh` it is to replace: the first graph makes their
+    gradients, with nothing to add to, and the others begin by making them 0.
     """
 
     def __init__(
@@ -75,9 +76,10 @@ class Graphs:
         self.inputs: dict[Shape, Tensor] = {}
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.factor = torch.ones((), device=device)
-        self.pool = torch.cuda.graph_pool_handle()
-        self.gradients: list[Tensor | None] = []  # of `fresh`, where every graph leaves them
+        self.gradients: list[Tensor | None] = [None] * len(fresh)  # of `fresh`, where every graph leaves them
         self.stream = stream_of(device)
+        with torch.cuda.device(device):
+            self.pool = torch.cuda.MemPool()  # the last one here, since torch wants the graphs to be gone before it
 
     def takes(self, batch: Batch) -> bool:
         """Whether there is room for a batch of this shape."""
@@ -93,40 +95,35 @@ class Graphs:
         self.inputs[shape].copy_(numbers, non_blocking=True)
         self.factor.fill_(factor)
         if is_new:
-            return self._run_plainly(shape)
+            with self.memory():
+                return self._call(shape)
         if shape not in self.graphs:
-            graph = torch.cuda.CUDAGraph()
-            with no_garbage_collection(), torch.cuda.graph(graph, pool=self.pool, stream=self.stream):
+            graph, pool = torch.cuda.CUDAGraph(), cast("Any", self.pool.id)
+            with no_garbage_collection(), torch.cuda.graph(graph, pool=pool, stream=self.stream):
                 result = self._call(shape)
-                self._leave_gradients()
             self.graphs[shape] = graph, result
+            self.gradients = [p.grad for p in self.fresh]
         graph, result = self.graphs[shape]
         graph.replay()
         for p, gradient in zip(self.fresh, self.gradients, strict=True):
             p.grad = gradient
         return result
 
-    def _leave_gradients(self) -> None:
-        """Put the gradients where the first graph has its own, so that there is one set of them."""
-        found = [p.grad for p in self.fresh]
-        if not self.gradients:
-            self.gradients = found
-            return
-        pairs = [(to, grad) for to, grad in zip(self.gradients, found, strict=True) if to is not None]
-        torch._foreach_copy_([to for to, _ in pairs], [grad for _, grad in pairs if grad is not None])
+    @contextmanager
+    def memory(self) -> Iterator[None]:
+        """Where other things can be computed in the memory of the graphs, on their stream.
 
-    def _run_plainly(self, shape: Shape) -> Tensor:
-        """`_call` on the graphs' stream."""
+        What is left there does not outlive the next replay.
+        """
         main = torch.cuda.current_stream(self.stream.device)
         self.stream.wait_stream(main)
-        with torch.cuda.stream(self.stream):
-            result = self._call(shape)
+        with torch.cuda.stream(self.stream), torch.cuda.use_mem_pool(self.pool, self.stream.device):
+            yield
         main.wait_stream(self.stream)
-        return result
 
     def _call(self, shape: Shape) -> Tensor:
-        for p in self.fresh:
-            p.grad = None
+        for p, gradient in zip(self.fresh, self.gradients, strict=True):
+            p.grad = None if gradient is None else gradient.zero_()
         tokens, starts, ends, positions, labels, offsets = self.inputs[shape].split(shape.sizes)  # type: ignore[no-untyped-call]
         documents = Documents.placed(tokens[None].long(), offsets.clone(), torch.stack((starts, ends)))
         return self.compute(documents, positions.long(), labels.long(), self.factor)

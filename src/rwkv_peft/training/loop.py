@@ -60,7 +60,8 @@ def train_loop(
         log.add(outcome, lr, engine.sum(sum(batch.inputs for batch in batches)))
         if evaluation and (step + 1 == metrics.total_steps or (step + 1) % evaluation.every == 0):
             outcome.read()
-            log.write(evaluation.measure(model, step + 1, engine))
+            with micro_batches.memory():
+                log.write(evaluation.measure(model, step + 1, engine))
         elif guard.waits:
             log.write()
         if stopped() or (evaluation and evaluation.is_over):

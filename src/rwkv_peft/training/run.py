@@ -136,7 +136,7 @@ def save(model: Rwkv, config: TrainConfig, out: Path) -> Path:
     base = read_tensors(config.model)
     tensors = base | dict(model.named_parameters())
     forms = {n: torch.empty_like(t, dtype=base.get(n, t).dtype, device="meta") for n, t in tensors.items()}
-    stream_tensors(out / "model.pth", forms, (t.detach().to(forms[n].dtype) for n, t in tensors.items()))
+    stream_tensors(out / "model.pth", forms, (t.detach().cpu().to(forms[n].dtype) for n, t in tensors.items()))
     return out / "model.pth"
 
 

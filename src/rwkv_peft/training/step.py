@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -62,9 +63,14 @@ class MicroBatches:
         """
         if self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.run(batch, 1 / targets)
-        total, loss = batch_loss(self.model, batch, self.logit_penalty)
-        _backward(self.model, self.backward, total / targets)
-        return loss / targets
+        with self.memory():
+            total, loss = batch_loss(self.model, batch, self.logit_penalty)
+            _backward(self.model, self.backward, total / targets)
+            return loss / targets
+
+    def memory(self) -> AbstractContextManager[None]:
+        """Where other things can be computed in the memory that micro-batches take, and do not need meanwhile."""
+        return self.graphs.memory() if self.graphs is not None else nullcontext()
 
 
 def _forward_and_backward(
