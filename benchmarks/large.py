@@ -2,7 +2,8 @@
 
 Writes a bf16 `.pth` of the size with random weights, then runs `rwkv-peft train` on it in a process of its own, which
 is watched: RAM is its largest resident set (`anon` without the pages of the mapped file, which the system can take back
-at any time), GPU is what the card has in use, less what it had before. Further flags are handed to `train`.
+at any time), GPU is what the card has in use at most, less what it had before; `beside` is that without torch's
+largest allocation. Further flags are handed to `train`.
 """
 
 from __future__ import annotations
@@ -20,8 +21,19 @@ from measure import arguments, describe, print_table, write_json
 from random_model import SIZES, random_value
 from rwkv_peft.models import MODELS
 
-COLUMNS = ["size", "flags", "file GB", "to first step s", "RAM GiB", "anon GiB", "GPU GiB", "peak GiB", "tokens/s"]
-STEPS = 12
+COLUMNS = [
+    "size",
+    "flags",
+    "file GB",
+    "to first step s",
+    "RAM GiB",
+    "anon GiB",
+    "GPU GiB",
+    "peak GiB",
+    "beside",
+    "tokens/s",
+]
+SETTINGS = {"--ctx-len": "1024", "--micro-batch": "1", "--max-steps": "12", "--sampling": "get"}
 
 
 def write_model(size: str, path: Path, device: str) -> None:
@@ -35,8 +47,10 @@ def write_model(size: str, path: Path, device: str) -> None:
 
 
 def write_data(path: Path) -> None:
-    """Texts that are longer than a row."""
-    lines = [json.dumps({"text": " ".join(str((i * 7919 + j * 104729) % 9973) for j in range(4000))}) for i in range(8)]
+    """Texts, every other one longer than a row, the rest of all lengths."""
+    lengths = [4000 if i % 2 else 20 + 17 * i for i in range(16)]
+    texts = [" ".join(str((i * 7919 + j * 104729) % 9973) for j in range(n)) for i, n in enumerate(lengths)]
+    lines = [json.dumps({"text": text}) for text in texts]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
@@ -66,7 +80,7 @@ def measure(size: str, flags: list[str], folder: Path, device: str) -> dict[str,
     write_data(data)
     row: dict[str, Any] = {"size": size, "flags": " ".join(flags), "file GB": model.stat().st_size / 1e9}
     line = [sys.executable, "-m", "rwkv_peft", "train", "--model", str(model), "--data", str(data), "--out", str(out)]
-    line += ["--ctx-len", "1024", "--micro-batch", "1", "--max-steps", str(STEPS), "--sampling", "get", *flags]
+    line += [*(part for name, value in SETTINGS.items() if name not in flags for part in (name, value)), *flags]
     before, began, peaks = gpu_in_use(), time.time(), [0.0, 0.0, 0.0]
     with (folder / "log.txt").open("w+", encoding="utf-8") as log:
         process = subprocess.Popen(line, stdout=log, stderr=subprocess.STDOUT)
@@ -81,7 +95,8 @@ def measure(size: str, flags: list[str], folder: Path, device: str) -> dict[str,
     print(text[-1500:], flush=True)
     records = [json.loads(record) for record in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
     row |= {"RAM GiB": peaks[0], "anon GiB": peaks[1], "GPU GiB": peaks[2] - before}
-    return row | {"peak GiB": records[-1]["vram_gib"], "tokens/s": round(records[-1]["tokens_per_s"])}
+    row |= {"peak GiB": records[-1]["vram_gib"], "tokens/s": round(records[-1]["tokens_per_s"])}
+    return row | {"beside": row["GPU GiB"] - row["peak GiB"]}
 
 
 def main() -> None:

@@ -27,7 +27,7 @@ from .weights import prepared
 RECOMPUTING = {"none": 0.0, "operator": 4.0, "selective": 12.0, "block": 30.0}
 QUANT = {"fp8": 6.0, "int8": 12.0, "nf4": 15.0}
 SMALLER = {"none": ("fp8", "int8", "nf4"), "fp8": ("nf4",), "int8": ("nf4",)}  # forms that take less
-HEAD, EIGHT_BIT, PAGED, HALF_MASTERS, EMBEDDING, OFFLOADING = 4.0, 2.0, 10.0, 5.0, 0.5, 3.0
+HEAD, EIGHT_BIT, PAGED, HALF_MASTERS, EMBEDDING, OFFLOADING = 4.0, 2.0, 10.0, 5.0, 0.5, 1.0
 FULL_ENOUGH = 4096  # tokens of a micro-batch that keep a card busy
 HALVING = {True: 4.0, False: 15.0}  # whether the half is still full enough
 MOST_HALVINGS = 4
