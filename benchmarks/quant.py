@@ -75,6 +75,7 @@ def main() -> None:
             rows[-1]["times bf16"] = sum(rows[-1][k] for k in ("forward", "backward")) / sum(
                 plain[k] for k in ("forward", "backward")
             )
+            print(rows[-1], flush=True)
     print(f"Products; {describe(device)}")
     print_table(rows, COLUMNS)
     write_json(args.json, device, rows)

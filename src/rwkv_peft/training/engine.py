@@ -24,7 +24,7 @@ def lean_memory(device: torch.device) -> None:
     if device.type != "cuda":
         return
     names = ("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF")
-    if not any(name in os.environ for name in names):
+    if sys.platform == "linux" and not any(name in os.environ for name in names):
         os.environ[names[0]] = "expandable_segments:True"
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:2:16:8")  # 8 MiB, where cuBLAS takes 32 on a Hopper card
     driver = {"linux": "libcuda.so.1", "win32": "nvcuda.dll"}.get(sys.platform, "")

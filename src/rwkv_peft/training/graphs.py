@@ -76,7 +76,7 @@ class Graphs:
         self.inputs: dict[Shape, Tensor] = {}
         self.graphs: dict[Shape, tuple[torch.cuda.CUDAGraph, Tensor]] = {}
         self.factor = torch.ones((), device=device)
-        self.gradients: list[Tensor | None] = [None] * len(fresh)  # of `fresh`, where every graph leaves them
+        self.gradients: list[Tensor | None] = [None] * len(fresh)  # of `fresh`, from the first graph on
         self.stream = stream_of(device)
         with torch.cuda.device(device):
             self.pool = torch.cuda.MemPool()  # the last one here, since torch wants the graphs to be gone before it
@@ -121,9 +121,13 @@ class Graphs:
             yield
         main.wait_stream(self.stream)
 
-    def _call(self, shape: Shape) -> Tensor:
+    def renew(self) -> None:
+        """Let the gradients of `fresh` be 0 where the graphs leave theirs, so that there is one set of them."""
         for p, gradient in zip(self.fresh, self.gradients, strict=True):
             p.grad = None if gradient is None else gradient.zero_()
+
+    def _call(self, shape: Shape) -> Tensor:
+        self.renew()
         tokens, starts, ends, positions, labels, offsets = self.inputs[shape].split(shape.sizes)  # type: ignore[no-untyped-call]
         documents = Documents.placed(tokens[None].long(), offsets.clone(), torch.stack((starts, ends)))
         return self.compute(documents, positions.long(), labels.long(), self.factor)

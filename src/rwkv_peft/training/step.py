@@ -64,6 +64,8 @@ class MicroBatches:
         if self.graphs is not None and self.graphs.takes(batch):
             return self.graphs.run(batch, 1 / targets)
         with self.memory():
+            if self.graphs is not None:
+                self.graphs.renew()
             total, loss = batch_loss(self.model, batch, self.logit_penalty)
             _backward(self.model, self.backward, total / targets)
             return loss / targets
