@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from conftest import random_model
+from rwkv_peft.adapters import attach_adapter, read_adapter, save_adapter
 from rwkv_peft.cli import main
 from rwkv_peft.config import TrainConfig
 from rwkv_peft.errors import ConfigError, TrainingError
+from rwkv_peft.export.quantised import export_quantised
 from rwkv_peft.loading import load_model
 from rwkv_peft.models import MODELS, Rwkv, Rwkv7Sizes
 from rwkv_peft.models.layers import Documents
@@ -26,6 +28,7 @@ from rwkv_peft.ops import BACKENDS
 from rwkv_peft.plan import Card, Outline, Plan, plan, proposals
 from rwkv_peft.plan.activations import MODES, Activations
 from rwkv_peft.plan.cards import GIB, size_in_bytes
+from rwkv_peft.plan.fitting import every
 from rwkv_peft.plan.memory import CUBLAS
 from rwkv_peft.training import memory
 from rwkv_peft.training.model import prepare
@@ -95,8 +98,6 @@ def test_counts_are_those_of_a_loaded_model(method: str, version: str, model_fil
 
 
 def test_going_on_with_an_adapter(model_file: Callable[..., Path], tmp_path: Path) -> None:
-    from rwkv_peft.adapters import attach_adapter, read_adapter, save_adapter
-
     config = settings(model_file(), rank=4)
     model = attach_adapter(load_model(config.model), config.adapter_config(), config.parts())
     save_adapter(model, tmp_path / "adapter")
@@ -301,7 +302,7 @@ def test_flags_that_are_proposed_work(argv: list[str], big_file: Path, capsys: p
 def test_where_nothing_fits(big_file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["plan", str(big_file), "--fit", "2GiB"]) == 1
     shown = capsys.readouterr().out.splitlines()
-    assert shown[-2].startswith("does not fit 2.0 GiB: needs at least ")
+    assert shown[-2].startswith("does not fit 2.00 GiB: needs at least ")
     assert shown[-1] == "would fit with a smaller model"
 
 
@@ -317,7 +318,13 @@ def test_shorter_rows_or_a_smaller_rank_may_help(big_file: Path, capsys: pytest.
         (["--fit", "much"], "--fit much: must be a number and a unit"),
         (["--card", "0GiB"], "--card 0GiB: must be at least"),
         (["--device", "gpu"], "--device gpu: unknown"),
-        (["--fit", "8GiB", "--device", "cpu"], "--fit: is for a GPU's memory"),
+        (["--fit", "8GiB", "--device", "cpu"], "--fit 8GiB: is for a GPU's memory"),
+        (["--card", "8GiB", "--device", "cpu"], "--card 8GiB: is for a GPU's memory"),
+        (["--card", "A100"], "--card A100: must be a number and a unit, or H100; try"),
+        (["--device", "cpu", "--optim", "paged-adamw"], "--optim paged-adamw: needs a GPU"),
+        (["--device", "cpu", "--offload-checkpoints"], "--offload-checkpoints: needs a GPU"),
+        (["--device", "cpu", "--embedding", "gpu"], "--embedding gpu: the run is on the CPU"),
+        (["--device", "cpu", "--master-weights", "bf16"], "--master-weights bf16: not with --precision auto"),
         (["--peft", "peft:OFT"], "--peft peft:OFT: "),
         (["--rank", "0"], "--rank 0: must be at least 1"),
         (["--rank", "7", "--peft", "bat"], "--rank 7: bat needs a divisor"),
@@ -328,6 +335,73 @@ def test_wrong_settings(
 ) -> None:
     assert main(["plan", str(model_file()), *argv]) == 2
     assert capsys.readouterr().err.startswith(f"error: {message}")
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--quant", "nf4"], "--quant nf4: .* holds int8 already; leave it out"),
+        (["--peft", "full"], "--peft full: .* holds int8, which cannot train; name"),
+        (["--peft", "pissa"], "--peft pissa: starts from dense matrices, which .* has not; name"),
+        (["--train-parts", "head"], "--train-parts head: .* holds it in int8; leave it out, or name"),
+    ],
+)
+def test_settings_that_a_quantised_file_contradicts(
+    argv: list[str], message: str, model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """`plan` and `train` say the same."""
+    file = export_quantised(model_file(), tmp_path / "q.safetensors", "int8", quant_head=True)
+    (tmp_path / "d.jsonl").write_text('{"text": "hello"}\n')
+    run = ["train", "--model", str(file), "--data", str(tmp_path / "d.jsonl"), "--out", str(tmp_path / "o")]
+    for command in (["plan", str(file)], [*run, "--device", "cpu"]):
+        assert main([*command, *argv]) == 2
+        assert re.match(f"error: {message}", capsys.readouterr().err)
+    assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--rank", "7"], "--rank 7: .* has 4; leave it out"),
+        (["--peft", "bone"], "--peft bone: .* has lora; leave it out"),
+        (["--quant", "nf4", "--quant-head"], "--quant-head: .* trains the head; leave it out"),
+        (["--embedding", "cpu"], "--embedding cpu: .* trains the embedding; leave it out"),
+    ],
+)
+def test_settings_that_an_adapter_contradicts(
+    argv: list[str], message: str, model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config = settings(model_file(), rank=4, train_parts=("emb", "head"))
+    model = attach_adapter(load_model(config.model), config.adapter_config(), config.parts())
+    save_adapter(model, tmp_path / "adapter")
+    assert main(["plan", str(config.model), "--adapter", str(tmp_path / "adapter"), *argv]) == 2
+    assert re.match(f"error: {message}", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("optim", ["muon", "adafactor", "adamw"])
+def test_only_settings_that_can_go_together_are_proposed(optim: Any) -> None:
+    config = settings(Path("m"), optim=optim, precision="fp32" if optim == "adamw" else "bf16")
+    found = list(every(config, Outline.of(MODELS["x070"], BIG, config), Card(8 * GIB)))
+    assert len(found) > 10
+    assert not [one.changes for one in found if "master_weights" in one.changes]
+
+
+def test_a_smaller_rank_of_a_quantised_file(
+    model_file: Callable[..., Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What is proposed there leaves the file's format alone, and fits."""
+    dense = model_file(layers=4, width=256, head_size=64, vocab_size=1024)
+    file = export_quantised(dense, tmp_path / "q.safetensors", "int8")
+    given = ["plan", str(file), "--micro-batch", "1", "--ctx-len", "128"]
+    sizes = [f"{size}MiB" for size in range(722, 760, 2)]
+    for size in sizes:
+        main([*given, "--rank", "256", "--fit", size])
+        flags = re.search(r"^would fit with --rank (.*)$", capsys.readouterr().out, re.MULTILINE)
+        if flags:
+            break
+    assert flags, "no size was between"
+    assert "--quant " not in flags[1]
+    assert main([*given, "--rank", *flags[1].split(), "--card", size]) == 0
 
 
 def test_a_card_that_was_measured(big_file: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -210,7 +210,9 @@ def test_bitsandbytes_reads_an_export(quant: str, tmp_path: Path, bitsandbytes: 
     assert torch.equal(bitsandbytes.dequantize_4bit(tensors[name], state), want)
 
 
-@pytest.mark.parametrize("damage", ["absmax", "shape", "map", "json", "deep", "infinite", "blocksize", "format"])
+@pytest.mark.parametrize(
+    "damage", ["absmax", "state", "shape", "map", "json", "deep", "infinite", "blocksize", "format"]
+)
 def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
     torch.save(random_model(), tmp_path / "m.pth")
     file = export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "nf4")
@@ -219,6 +221,8 @@ def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
     state = f"{name}.quant_state.bitsandbytes__nf4"
     if damage == "absmax":
         del tensors[f"{name}.absmax"]
+    elif damage == "state":
+        del tensors[state]
     elif damage == "shape":
         tensors[name] = tensors[name][:-1]
     elif damage == "map":
@@ -241,6 +245,53 @@ def test_damaged_quantised_files(damage: str, tmp_path: Path) -> None:
     ) as error:
         rp.load_model(tmp_path / "bad.safetensors")
     assert "\n" not in str(error.value)
+
+
+def test_an_fp8_matrix_that_lost_its_scale(tmp_path: Path) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    tensors = read_tensors(export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "fp8"))
+    del tensors["blocks.0.att.key.weight_scale"]
+    write_tensors(tmp_path / "bad.safetensors", tensors)
+    with pytest.raises(CheckpointError, match=r"blocks.0.att.key.weight is fp8 without its .*_scale; get the file"):
+        rp.load_model(tmp_path / "bad.safetensors")
+
+
+def test_formats_are_not_mixed(tmp_path: Path) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    mixed, other = (
+        read_tensors(export_quantised(tmp_path / "m.pth", tmp_path / f"{q}.safetensors", q), whole_numbers=True)
+        for q in ("nf4", "int8")
+    )
+    name = "blocks.0.att.key.weight"
+    mixed = {n: t for n, t in mixed.items() if not n.startswith(name)}
+    write_tensors(tmp_path / "mixed.safetensors", mixed | {n: t for n, t in other.items() if n.startswith(name)})
+    with pytest.raises(CheckpointError, match="holds matrices in int8 and nf4; get a file with one format"):
+        rp.load_model(tmp_path / "mixed.safetensors")
+
+
+@pytest.mark.parametrize("quant", QUANTS)
+def test_fp8_numbers_without_a_scale_are_quantised_as_any(quant: str, tmp_path: Path) -> None:
+    tensors = {n: t.to(torch.float8_e4m3fn) for n, t in random_model().items()}
+    torch.save(tensors, tmp_path / "m.pth")
+    torch.save({n: t.float() for n, t in tensors.items()}, tmp_path / "wide.pth")
+    got, want = (rp.load_model(tmp_path / f"{n}.pth", quant=quant).blocks[1].att.key for n in ("m", "wide"))
+    assert difference(got.dense(), want.dense()) < 0.05
+
+
+def test_numbers_too_large_for_a_format(tmp_path: Path) -> None:
+    """Whose scales would be Inf."""
+    tensors = random_model()
+    tensors["blocks.0.att.key.weight"] = torch.full_like(
+        tensors["blocks.0.att.key.weight"], 3.3e38, dtype=torch.float32
+    )
+    torch.save(tensors, tmp_path / "m.pth")
+    for make in (
+        lambda: rp.load_model(tmp_path / "m.pth", quant="nf4"),
+        lambda: export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", "nf4"),
+    ):
+        with pytest.raises(CheckpointError, match=r"blocks.0.att.key.weight holds numbers that are too large for nf4"):
+            make()
+    assert not (tmp_path / "q.safetensors").exists()
 
 
 def test_pissa_needs_the_dense_matrix(tmp_path: Path) -> None:
@@ -339,6 +390,46 @@ def test_onto_trained_needs_a_quantised_training(tmp_path: Path) -> None:
     rp.save_adapter(model, tmp_path / "adapter")
     with pytest.raises(ConfigError, match="--onto trained: only for"):
         rp.merge(tmp_path / "m.pth", tmp_path / "adapter", tmp_path / "o.pth", onto="trained")
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("quant", QUANTS)
+def test_merging_onto_an_exported_base(quant: str, precision: str, tmp_path: Path) -> None:
+    """The same file as onto the dense base, to the bit, whatever the precisions of the base and of the training."""
+    number = torch.bfloat16 if precision == "fp32" else torch.float32  # the base has the other one
+    torch.save({n: t.to(number) for n, t in random_model().items()}, tmp_path / "m.pth")
+    files = tmp_path / "m.pth", export_quantised(tmp_path / "m.pth", tmp_path / "q.safetensors", quant, quant_head=True)
+    found = []
+    for base in files:
+        model = rp.load_model(base, precision, quant=quant, quant_head=True)
+        rp.attach_adapter(model, rp.AdapterConfig(rank=4))
+        for i, (name, p) in enumerate(model.named_parameters()):
+            if "lora_B" in name:
+                p.data = normal(*p.shape, seed=i) * 0.1
+            elif "lora_A" in name:
+                p.data = normal(*p.shape, seed=i)
+        rp.save_adapter(model, tmp_path / base.stem)
+        for onto in files:
+            out = tmp_path / f"{base.stem}-{onto.stem}.pth"
+            found.append(read_tensors(rp.merge(onto, tmp_path / base.stem, out, onto="trained")))
+    for one in found:
+        assert {n: t.dtype for n, t in one.items()} == {n: t.dtype for n, t in found[0].items()}
+        assert all(torch.equal(t, found[0][n]) for n, t in one.items())
+
+
+def test_onto_trained_is_refused_where_the_file_is_not_what_was_trained_on(tmp_path: Path) -> None:
+    torch.save(random_model(), tmp_path / "m.pth")
+    model = rp.attach_adapter(rp.load_model(tmp_path / "m.pth", quant="nf4"), rp.AdapterConfig(rank=4))
+    rp.save_adapter(model, tmp_path / "adapter")
+    heads = export_quantised(tmp_path / "m.pth", tmp_path / "head.safetensors", "nf4", quant_head=True)
+    other = export_quantised(tmp_path / "m.pth", tmp_path / "int8.safetensors", "int8")
+    for file, holds in ((heads, "the head dense, and .* holds head.weight in nf4"), (other, "holds matrices in int8")):
+        with pytest.raises(ConfigError, match=f"--onto trained: the adapter was trained against nf4, .*{holds}; name"):
+            rp.merge(file, tmp_path / "adapter", tmp_path / "o.pth", onto="trained")
+    with pytest.raises(ConfigError, match="--onto traind: unknown; allowed are dense trained"):
+        rp.merge(tmp_path / "m.pth", tmp_path / "adapter", tmp_path / "o.pth", onto="traind")
+    with pytest.raises(ConfigError, match="--embedding disk: unknown; allowed are cpu gpu"):
+        rp.load_model(tmp_path / "m.pth", embedding="disk")
 
 
 # --- kernels

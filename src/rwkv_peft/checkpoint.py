@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import CheckpointError
 from .files import write_atomic
-from .mapped import UnusualError, map_tensors
+from .mapped import UnusualError, map_tensors, metadata_of
 from .streamed import write_pth, write_safetensors
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -56,12 +56,7 @@ def not_float(path: Path | str, name: str, tensor: Tensor) -> CheckpointError:
 
 def read_metadata(path: Path | str) -> dict[str, str]:
     """What a `.safetensors` file says of itself beside its tensors; empty for a `.pth`. Call `read_tensors` first."""
-    if Path(path).suffix != ".safetensors":
-        return {}
-    from safetensors import safe_open
-
-    with safe_open(path, "pt") as file:
-        return dict(file.metadata() or {})
+    return metadata_of(Path(path)) if Path(path).suffix == ".safetensors" else {}
 
 
 def write_tensors(path: Path | str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

@@ -15,7 +15,7 @@ from .errors import CheckpointError, ConfigError
 from .models import STATES, Rwkv, Sizes, find_version
 from .ops import choose_backend
 from .ops.matrix import Linear
-from .ops.quant import QUANTS, quantize
+from .ops.quant import QUANTS, QuantizedLinear, quantize
 from .packed import FINGERPRINT, Entry, Packed, read_by_layer, read_model
 
 EMBEDDING = "emb.weight"
@@ -46,6 +46,8 @@ def load_model(
     """
     place = find_device(device)
     number = find_dtype(dtype, place)
+    if embedding not in ("cpu", "gpu"):
+        raise ConfigError(f"--embedding {embedding}: unknown; allowed are cpu gpu")
     entries = read_model(path)
     kind, sizes = check_model(path, entries)
     model = without_values(kind, sizes, entries)
@@ -65,7 +67,7 @@ def load_model(
         value = entry.to("cpu" if name == EMBEDDING and embedding == "cpu" else place)
         check_finite(path, name, value)
         if name in quantised:
-            set_module(model, name, quantize(value, quant, number))
+            set_module(model, name, quantised_layer(path, name, value, quant, number))
         else:
             set_parameter(model, name, as_kept(value, torch.float32 if name.endswith(STATES) else number, place))
     model.like = torch.empty(0, dtype=number, device=place)
@@ -77,27 +79,41 @@ def load_model(
 def find_quantised(
     path: Path | str, model: Rwkv, entries: Mapping[str, Entry], quant: str, quant_head: bool
 ) -> tuple[str, set[str]]:
-    """The format of the model's matrices, and the names of those that are to be quantised.
-
-    Raises ConfigError if that is unknown, or the file holds them in another.
-    """
-    if quant not in ("none", *QUANTS):
-        raise ConfigError(f"--quant {quant}: unknown; allowed are none {' '.join(QUANTS)}")
-    own = {entry.quant for entry in entries.values() if isinstance(entry, Packed)}
-    if own and quant not in ("none", *own):
-        raise ConfigError(
-            f"--quant {quant}: {path} holds {' '.join(own)} already; leave it out, or name the dense file"
-        )
-    quant = min(own, default=quant)
+    """The format of the model's matrices, and the names of those that are to be quantised. Raises as `format_of`."""
+    quant = format_of(path, entries, quant, quant_head)
     if quant == "none":
-        if quant_head:
-            raise ConfigError("--quant-head: only with --quant; add one, or leave it out")
         return quant, set()
     matrices = {
         f"{name}.weight" for name, module in model.blocks.named_modules(prefix="blocks") if isinstance(module, Linear)
     }
     matrices |= {"head.weight"} if quant_head else set()
     return quant, {name for name in matrices if not isinstance(entries[name], Packed)}
+
+
+def quantised_layer(path: Path | str, name: str, weight: Tensor, quant: str, dtype: torch.dtype) -> QuantizedLinear:
+    """As `quantize`. Raises CheckpointError if a number is too large for the format's scales."""
+    layer = quantize(weight, quant, dtype)
+    if not layer.is_finite():
+        raise CheckpointError(f"{path}: tensor {name} holds numbers that are too large for {quant}; leave --quant out")
+    return layer
+
+
+def format_of(path: Path | str, entries: Mapping[str, Entry], quant: str, quant_head: bool) -> str:
+    """The format of the model's matrices: that of the file, or else `quant`.
+
+    Raises ConfigError if that is unknown, or the file holds them in another; CheckpointError if it holds several.
+    """
+    if quant not in ("none", *QUANTS):
+        raise ConfigError(f"--quant {quant}: unknown; allowed are none {' '.join(QUANTS)}")
+    own = {entry.quant for entry in entries.values() if isinstance(entry, Packed)}
+    if len(own) > 1:
+        raise CheckpointError(f"{path}: holds matrices in {' and '.join(sorted(own))}; get a file with one format")
+    if own and quant not in ("none", *own):
+        raise ConfigError(f"--quant {quant}: {path} holds {min(own)} already; leave it out, or name the dense file")
+    found = min(own, default=quant)
+    if quant_head and found == "none":
+        raise ConfigError("--quant-head: only with --quant; add one, or leave it out")
+    return found
 
 
 def as_kept(value: Tensor, dtype: torch.dtype, place: torch.device) -> Tensor:

@@ -128,12 +128,22 @@ def _index_of_pth(path: Path) -> tuple[dict[str, Place], dict[str, tuple[int, in
     return places, starts
 
 
-def _index_of_safetensors(path: Path) -> tuple[dict[str, Place], dict[str, tuple[int, int]]]:
+def metadata_of(path: Path) -> dict[str, str]:
+    """What a `.safetensors` file, which `map_tensors` can read, says of itself beside its tensors."""
+    return dict(_header(path)[0].get("__metadata__") or {})
+
+
+def _header(path: Path) -> tuple[dict[str, Any], int]:
+    """The header of a `.safetensors` file, and its bytes."""
     with path.open("rb") as file:
         size = int.from_bytes(file.read(8), "little")
         if size > LARGEST_HEADER:
             raise ValueError("no header")
-        entries = json.loads(file.read(size))
+        return json.loads(file.read(size)), size
+
+
+def _index_of_safetensors(path: Path) -> tuple[dict[str, Place], dict[str, tuple[int, int]]]:
+    entries, size = _header(path)
     entries.pop("__metadata__", None)
     places, starts = {}, {}
     for name, entry in entries.items():

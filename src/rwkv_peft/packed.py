@@ -7,7 +7,7 @@ more, and `….weight.quant_state.bitsandbytes__nf4`, which is JSON. An fp8 matr
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
@@ -20,9 +20,11 @@ from .checkpoint import DTYPES, Fingerprint, not_float, read_metadata, read_tens
 from .errors import CheckpointError
 from .ops.quant import QUANTS, QuantizedLinear
 from .ops.quant.blocks import STATE
+from .ops.quant.fp8 import E4M3
 
 MOST_SETTINGS = 4096  # bytes of JSON
 FINGERPRINT = "fingerprint"  # in the metadata of a file: that of the dense model it was made from
+DTYPE = "dtype"  # there too: the number format that matrices had which cannot tell themselves
 NUMBERS = {str(dtype).removeprefix("torch."): name for name, dtype in DTYPES.items()}
 
 
@@ -42,9 +44,9 @@ class Packed:
         buffers = kind.from_file(self.tensors, self.settings)
         return kind(self.shape, {name: t.to(device, copy=True) for name, t in buffers.items()}, dtype)
 
-    def dense(self) -> Tensor:
-        """The weight, in the number format that it had before."""
-        return self.layer(self.dtype, torch.device("cpu")).dense()
+    def dense(self, dtype: torch.dtype | None = None) -> Tensor:
+        """The weight, in the number format that it had before, or as a model of this dtype computes with it."""
+        return self.layer(dtype or self.dtype, torch.device("cpu")).dense()
 
     @property
     def dtype(self) -> torch.dtype:
@@ -68,20 +70,32 @@ def read_model(path: Path | str) -> dict[str, Entry]:
     Raises CheckpointError as `read_tensors` does, or if what belongs to a quantised matrix is missing or odd.
     """
     groups: dict[str, dict[str, Tensor]] = {}
-    for name, tensor in read_tensors(path, whole_numbers=True).items():
+    tensors = read_tensors(path, whole_numbers=True)
+    metadata = read_metadata(path)
+    for name, tensor in tensors.items():
         matrix, weight, rest = name.partition(".weight")
         groups.setdefault(matrix, {})[weight + rest] = tensor
     found: dict[str, Entry] = {}
     for matrix, group in groups.items():
         if ".weight" in group and len(group) > 1:
             own = {name[1:]: tensor for name, tensor in group.items()}
-            found[f"{matrix}.weight"] = packed(f"{path}: tensor {matrix}.weight", own)
+            found[f"{matrix}.weight"] = packed(f"{path}: tensor {matrix}.weight", own, metadata)
             continue
         for rest, tensor in group.items():
             if not tensor.is_floating_point():
                 raise not_float(path, matrix + rest, tensor)
             found[matrix + rest] = tensor
+    check_scales(path, found)
     return found
+
+
+def check_scales(path: Path | str, entries: Mapping[str, Entry]) -> None:
+    """Raise CheckpointError if some fp8 matrices have a scale, and others have lost theirs."""
+    if not any(isinstance(entry, Packed) and entry.quant == "fp8" for entry in entries.values()):
+        return
+    for name, entry in entries.items():
+        if isinstance(entry, Tensor) and entry.dtype == E4M3:
+            raise CheckpointError(f"{path}: tensor {name} is fp8 without its {name}_scale; get the file again")
 
 
 def read_by_layer(path: Path | str) -> Iterator[tuple[str, Entry]]:
@@ -113,20 +127,29 @@ def fingerprint_of(path: Path | str) -> str:
     return found.digits()
 
 
-def packed(what: str, tensors: dict[str, Tensor]) -> Packed:
-    """The matrix that these tensors are. Raises CheckpointError, whose message begins with `what`."""
+def packed(what: str, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> Packed:
+    """The matrix that these tensors are, in a file with such metadata.
+
+    Raises CheckpointError, whose message begins with `what`.
+    """
     quant = next((name.removeprefix(STATE) for name in tensors if name.startswith(STATE)), "fp8")
+    if quant == "fp8" and "weight_scale" not in tensors:
+        raise CheckpointError(f"{what}: is without its {STATE}…, which says what it is; get the file again")
     if quant not in QUANTS:
         raise CheckpointError(f"{what}: is stored as {quant}; allowed are {' '.join(QUANTS)}; get another file")
     try:
-        settings = _settings(tensors.get(STATE + quant))
-        rows, columns = map(int, settings["shape"] if settings else tensors["weight"].shape)
+        settings = _settings(tensors.get(STATE + quant)) or {DTYPE: metadata.get(DTYPE)}
+        rows, columns = map(int, tensors["weight"].shape if quant == "fp8" else settings["shape"])
         entry = Packed(quant, (rows, columns), tensors, settings)
         stored = QUANTS[quant].from_file(tensors, settings)
         layout = QUANTS[quant].layout(rows, columns)
         if {name: (tuple(t.shape), t.dtype) for name, t in stored.items()} != layout:
             raise ValueError("shapes that do not fit together")
-    except (KeyError, TypeError, ValueError, OverflowError, RuntimeError) as error:
+    except KeyError as error:
+        raise CheckpointError(
+            f"{what}: is without its {error.args[0]}, which {quant} has; get the file again"
+        ) from error
+    except (TypeError, ValueError, OverflowError, RuntimeError) as error:
         raise CheckpointError(
             f"{what}: is no {quant} matrix as this program and bitsandbytes store it ({error}); get the file again"
         ) from error

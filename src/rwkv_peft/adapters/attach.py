@@ -22,6 +22,7 @@ ADAPTERS: dict[str, type[AdaptedLinear]] = {
     "lora": LoraLinear, "pissa": PissaLinear, "bone": BoneLinear, "bat": BatLinear,
 }  # fmt: skip
 
+NO_DENSE = "--peft pissa: starts from dense matrices, which {} has not; name the dense file"
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -68,7 +69,7 @@ def original_weight(model: nn.Module, name: str) -> Callable[[], Tensor]:
         path = getattr(model, "path", None)
         entry = read_model(path)[f"{name}.weight"] if path else None
         if not isinstance(entry, Tensor):
-            raise ConfigError(f"--peft pissa: starts from dense matrices, which {path} has not; name the dense file")
+            raise ConfigError(NO_DENSE.format(path))
         return entry
 
     return read

@@ -115,7 +115,9 @@ def attach_saved(model: nn.Module, saved: SavedAdapter, path: Path | str) -> Non
     check_fit(path, saved, model.shapes(), model.sizes)
     quantised = [name for name in saved.parts if isinstance(_owner(model, name), QuantizedLinear)]
     if quantised:
-        raise ConfigError(f"{path}: holds {quantised[0]}, which is quantised here; leave --quant-head out")
+        raise ConfigError(
+            f"{path}: holds {quantised[0]}, which is quantised here; leave --quant-head out, or name the dense file"
+        )
     if is_first:
         freeze(model)
     if config.peft.startswith(FOREIGN):

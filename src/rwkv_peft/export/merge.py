@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import zip_longest
 from pathlib import Path
 
@@ -51,6 +51,8 @@ def merge(
     check_suffix(out)
     if dtype != "same" and dtype not in DTYPES:
         raise ConfigError(f"--dtype {dtype}: unknown; allowed are same {' '.join(DTYPES)}")
+    if onto not in ("dense", "trained"):
+        raise ConfigError(f"--onto {onto}: unknown; allowed are dense trained")
     if out.exists() and not overwrite:
         raise OutputError(f"{out}: exists already; choose another name, or give --overwrite")
     entries = read_model(base_path)
@@ -81,22 +83,30 @@ def trained_against(adapters: Iterable[tuple[Path | str, SavedAdapter]]) -> Base
 
 @dataclass(frozen=True)
 class Rounding:
-    """Which matrices of a dense file training kept quantised, and how."""
+    """Which matrices of a dense file training kept quantised, and how; `base` is None if that does not matter."""
 
     names: frozenset[str] = frozenset()
-    base: Base = field(default_factory=Base)
+    base: Base | None = None
 
     def weight(self, name: str, entry: Entry) -> Tensor:
         """What an adapter is added to."""
+        dtype = None if self.base is None else DTYPES[self.base.precision]
         if isinstance(entry, Packed):
-            return entry.dense()
-        if name not in self.names:
+            return entry.dense(dtype)
+        if self.base is None or dtype is None or name not in self.names:
             return entry
-        return quantize(entry, self.base.quant, DTYPES[self.base.precision]).dense()
+        return quantize(entry, self.base.quant, dtype).dense()
 
 
 def rounding_of(path: Path | str, entries: Mapping[str, Entry], kind: type[Rwkv], base: Base) -> Rounding:
-    """That of a model file, for adapters that were trained against `base`."""
+    """That of a model file, for adapters that were trained against `base`. Raises ConfigError if the file is not it."""
+    own = {entry.quant for entry in entries.values() if isinstance(entry, Packed)}
+    head = "head.weight" if isinstance(entries["head.weight"], Packed) and not base.quant_head else ""
+    if own - {base.quant} or head:
+        raise ConfigError(
+            f"--onto trained: the adapter was trained against {base.quant}{', the head dense' if head else ''}, and "
+            f"{path} holds {head or 'matrices'} in {' '.join(sorted(own))}; name the dense file, or leave it out"
+        )
     model = without_values(kind, kind.sizes_of({name: tuple(e.shape) for name, e in entries.items()}), entries)
     _, names = find_quantised(path, model, entries, base.quant, base.quant_head)
     return Rounding(frozenset(names), base)
@@ -138,7 +148,9 @@ def merged_tensors(
 
 def not_finite(base_path: Path | str, name: str, entry: Entry | None, dtype: torch.dtype) -> CheckpointError:
     """The error of a merged tensor that holds NaN or Inf. Raises that of the base's own, if it is to blame."""
-    if isinstance(entry, Tensor):
+    if isinstance(entry, Packed):
+        check_finite(base_path, name, entry.dense(torch.float32))
+    elif entry is not None:
         check_finite(base_path, name, entry)
     number = str(dtype).removeprefix("torch.")
     return CheckpointError(f"{base_path}: merged, {name} holds NaN or Inf in {number}; try --dtype fp32")

@@ -54,6 +54,8 @@ INPUTS = {"selective": 1, "block": 2}  # tensors (B,T,D) that are kept of what i
 IN_FLIGHT = 4  # such tensors on the GPU at once, if they lie in the CPU's memory: in use, and on their way back
 # The formulas of a CPU, `--op torch`, keep so many times as much: RWKV-7 1.7, RWKV-6 1.3, RWKV-5 1.4
 PLAIN = 1.6
+# and have so many units more at once in a layer; measured by what a process takes: 72 to 179
+PLAIN_AT_ONCE = 100
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,8 @@ class Activations:
     """What the loss needs at once, before any layer is computed backward."""
     around: float
     """What is kept before the first layer and behind the last."""
+    formulas: float = 0.0
+    """What plain PyTorch has at once besides."""
 
     @staticmethod
     def of(
@@ -122,7 +126,8 @@ class Activations:
         elif model.head.weight.requires_grad:
             logits += s.vocab_size * s.width * bytes_each  # the head in the activations' dtype
         unit = float(tokens * s.width * bytes_each)
-        return Activations(layers, logits, (LOSS_UNITS + (model.wkv == 7)) * unit)
+        around = (LOSS_UNITS + (model.wkv == 7)) * unit
+        return Activations(layers, logits, around, 0.0 if fused else PLAIN_AT_ONCE * unit)
 
     def kept(self, modes: tuple[str, ...]) -> float:
         """By all layers, for the backward pass."""
@@ -131,7 +136,7 @@ class Activations:
     def at_once(self, modes: tuple[str, ...]) -> float:
         """What is there besides at most: the loss's logits, or one layer that is computed backward."""
         passing = (layer.passing(mode) for layer, mode in zip(self.layers, modes, strict=True))
-        return max(self.loss, *passing) + self.in_flight(modes)
+        return max(self.loss, *passing) + self.in_flight(modes) + self.formulas
 
     def in_flight(self, modes: Sequence[str]) -> float:
         """What is on the GPU at once of inputs that lie in the CPU's memory."""

@@ -72,7 +72,8 @@ def size_in_bytes(flag: str, text: str) -> float:
     match = SIZE.fullmatch(text)
     unit = match[2].lower() if match else "?"
     if match is None or unit not in UNITS:
-        raise ConfigError(f"{flag} {text}: must be a number and a unit; try 12GiB, 12GB or 12000MiB")
+        name = f", or {' or '.join(KNOWN)}" if flag == "--card" else ""
+        raise ConfigError(f"{flag} {text}: must be a number and a unit{name}; try 12GiB, 12GB or 12000MiB")
     size = float(match[1]) * (UNITS[unit] if unit else GIB)
     if size < LEAST:
         raise ConfigError(f"{flag} {text}: must be at least 1MiB; try 12GiB")

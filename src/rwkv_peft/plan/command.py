@@ -12,6 +12,7 @@ from ..adapters import SavedAdapter, read_adapter
 from ..config import PlanConfig, TrainConfig
 from ..errors import ConfigError
 from .cards import GIB, Card, find_card, size_in_bytes
+from .contradictions import check_device
 from .fitting import beyond_settings, least, proposals
 from .memory import Outline, Plan, gib, plan
 from .weights import is_foreign
@@ -33,17 +34,21 @@ def run_plan(config: PlanConfig) -> bool:
     """Print the plan, and return whether the run fits. Raises ConfigError or CheckpointError."""
     config.check()
     on_gpu = planned_device(config.device)
+    for flag, value in (("--fit", config.fit), ("--card", config.card)):
+        if value and not on_gpu:
+            raise ConfigError(f"{flag} {value}: is for a GPU's memory; leave out --device cpu")
     card = find_card(config.card, torch.device(config.device if on_gpu and torch.cuda.is_available() else "cpu"))
     if config.fit:
         card = replace(card, free=size_in_bytes("--fit", config.fit), has_context=False)
     saved = None if config.adapter is None else read_adapter(config.adapter, pissa_init=config.pissa_init)
     settings = method_of(config, saved).resolved()
+    check_device(settings, on_gpu)
     if is_foreign(settings):
         raise ConfigError(f"--peft {settings.peft}: what PEFT's own methods need is not planned; plan --peft lora")
     outline = Outline.of_file(config.model, settings, saved)
-    print(heading(settings, outline))
     if config.fit:
-        return print_fitting(settings, outline, card, on_gpu, saved)
+        return print_fitting(settings, outline, card, saved)
+    print(heading(settings, outline))
     planned = plan(settings, outline, card, on_gpu)
     print("\n".join((*table(planned), *verdict(planned))))
     return planned.fits()
@@ -65,21 +70,19 @@ def method_of(config: TrainConfig, saved: SavedAdapter | None) -> TrainConfig:
     return replace(config, peft=saved.config.peft if saved.config else "state")
 
 
-def print_fitting(config: TrainConfig, outline: Outline, card: Card, on_gpu: bool, saved: SavedAdapter | None) -> bool:
+def print_fitting(config: TrainConfig, outline: Outline, card: Card, saved: SavedAdapter | None) -> bool:
     """The cheapest settings that fit, with their plan, and others; or the least that is needed."""
-    if not on_gpu:
-        raise ConfigError("--fit: is for a GPU's memory; leave out --device cpu")
     found = proposals(config, outline, card)
     assert card.free is not None
     if not found:
         one = least(config, outline, card)
-        print("\n".join(table(one.planned)))
+        print("\n".join((heading(replace(config, **one.changes), outline), *table(one.planned))))
         needs = f"needs at least {gib(one.planned.needs)}, with {one.flags or 'these settings'}"
         print(f"does not fit {gib(card.free)}: {needs}")
         print(f"would fit with {beyond_settings(config, outline, card, saved)}")
         return False
     best, *others = found
-    print("\n".join(table(best.planned)))
+    print("\n".join((heading(replace(config, **best.changes), outline), *table(best.planned))))
     print(f"fits {gib(card.free)}" + (f" with {best.flags}" if best.changes else " with these settings"))
     for other in others if best.changes else ():
         print(f"or         with {other.flags}: {gib(other.planned.needs)}")
@@ -127,5 +130,5 @@ def verdict(planned: Plan) -> Iterator[str]:
     elif planned.fits():
         yield f"fits {gib(free)}"
     else:
-        size = f"{free / GIB:.3g}GiB"
+        size = f"{free / GIB:.2f}".rstrip("0").rstrip(".") + "GiB"
         yield f"does not fit: needs {gib(planned.needs)}, {gib(free)} are free; --fit {size} proposes settings"

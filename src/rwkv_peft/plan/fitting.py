@@ -75,13 +75,21 @@ def every(config: TrainConfig, outline: Outline, card: Card) -> Iterator[Proposa
     for chosen in product(*levers(config, outline, card)):
         changes = {name: value for change, _ in chosen for name, value in change.items()}
         changed = replace(config, **changes)
-        if changed.quant_head and changed.quant == "none" and not config.quant_head:
-            continue
-        if changed.offload_checkpoints and changed.grad_checkpoint in ("none", "operator"):
+        if not allowed(changed):
             continue
         planned = plan(changed, outline, card)
         cost = sum(cost for _, cost in chosen) + fmean(RECOMPUTING[mode] for mode in planned.modes)
         yield Proposal(changes, cost, planned)
+
+
+def allowed(config: TrainConfig) -> bool:
+    """Whether the settings can go together."""
+    try:
+        config.check_base()
+        config.check_master_weights()
+    except ConfigError:
+        return False
+    return True
 
 
 def levers(config: TrainConfig, outline: Outline, card: Card) -> list[list[tuple[Changes, float]]]:
@@ -140,7 +148,9 @@ def beyond_settings(config: TrainConfig, outline: Outline, card: Card, saved: Sa
 def again(outline: Outline, config: TrainConfig) -> Outline:
     """The same model with other adapters."""
     model = outline.model
-    return Outline(prepared(type(model), model.sizes, (), config), outline.file_bytes)
+    names = [name for name, _ in model.named_parameters()]
+    other = prepared(type(model), model.sizes, names, config)
+    return Outline(other, outline.file_bytes, outline.quant, outline.quant_head)
 
 
 def advice(config: TrainConfig, outline: Outline, card: Card, saved: SavedAdapter | None = None) -> str:

@@ -19,6 +19,7 @@ from ..ops.quant import QUANTS
 from ..packed import Packed, read_model
 from .activations import Activations
 from .cards import GIB, Card, Measured, free_ram, measured
+from .contradictions import check_settings
 from .weights import (
     Count,
     counts,
@@ -84,7 +85,7 @@ class Plan:
         where = "on the GPU" if self.on_gpu else "in the CPU's memory"
         free = "" if self.card.free is None else f" of {gib(self.card.free)}"
         parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in self.parts.items() if size >= 0.05 * GIB)
-        ram = f"; RAM about {gib(self.ram_peak)}" if self.on_gpu else ""
+        ram = f"; RAM about {gib(self.ram_peak)}" if self.on_gpu else "; a rough guess"
         return f"needs about {gib(self.needs)}{free} {where}: {parts or 'next to nothing'}{ram}"
 
     def time(self) -> str | None:
@@ -126,6 +127,7 @@ class Outline:
         """Of the model in a file, of which only the header is read. Raises CheckpointError and ConfigError."""
         entries = read_model(path)
         kind, sizes = check_model(path, entries)
+        check_settings(config, path, entries, saved)
         quant = next((entry.quant for entry in entries.values() if isinstance(entry, Packed)), "none")
         head = isinstance(entries["head.weight"], Packed)
         size = sum(entry.nbytes for entry in entries.values())
@@ -255,4 +257,6 @@ def ram_warning(planned: Plan) -> str | None:
 
 def gib(size: float) -> str:
     """Bytes for people."""
-    return f"{size / GIB:.1f} GiB" if size >= GIB / 10 else f"{size / 2**20:.0f} MiB"
+    if size < GIB / 10:
+        return f"{size / 2**20:.0f} MiB"
+    return f"{size / GIB:.{1 if size >= 10 * GIB else 2}f} GiB"

@@ -7,10 +7,9 @@ from dataclasses import replace
 import torch
 
 from ..adapters import SavedAdapter, attach_adapter, attach_saved, draws_random_numbers, read_adapter
-from ..adapters.attach import adapted, check_apart, ends_in
+from ..adapters.attach import adapted, check_apart
 from ..adapters.trainable import add_parts, make_trainable, part_names
-from ..config import LR, LR_STATE, MEANT_FOR, AdapterConfig, ChatForm, TrainConfig, flag_of
-from ..errors import ConfigError
+from ..config import LR, LR_STATE, ChatForm, TrainConfig
 from ..loading import EMBEDDING, find_device, load_model
 from ..models import STATES, Rwkv
 from .checkpointing import choose_checkpoint, free_memory
@@ -46,15 +45,8 @@ def load_base(config: TrainConfig, saved: SavedAdapter | None) -> Rwkv:
     embedding = config.embedding
     if embedding == "auto":
         embedding = "cpu" if on_gpu and not trains else "gpu"
-    elif trains and embedding == "cpu":
-        raise ConfigError(f"--embedding cpu: {config.adapter} trains the embedding; leave it out")
-    elif embedding == "gpu" and not on_gpu:
-        raise ConfigError("--embedding gpu: the run is on the CPU; leave it out")
     how = (config.precision, config.device, config.op, config.quant, config.quant_head, embedding)
-    model = load_model(config.model, *how)
-    if config.peft == "full" and model.quant != "none":
-        raise ConfigError(f"--peft full: {config.model} holds {model.quant}, which cannot train; name the dense file")
-    return model
+    return load_model(config.model, *how)
 
 
 def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None) -> None:
@@ -68,7 +60,8 @@ def prepare(model: Rwkv, config: TrainConfig, saved: SavedAdapter | None = None)
         attach_adapter(model, config.adapter_config(), parts)
     else:
         attach_saved(model, saved, config.adapter)
-        check_continued(config, model)
+        assert model.adapter_config is not None
+        model.adapter_config.dropout = config.dropout or model.adapter_config.dropout
         add_parts(model, parts)
         names = [name for part in parts for name in part_names(model, part)]
         check_apart({f"{name}.weight" for name, _ in adapted(model)}, names)
@@ -94,18 +87,3 @@ def checkpoint_of(model: Rwkv, config: TrainConfig) -> str | tuple[str, ...]:
         return "none"
     assert config.micro_batch is not None
     return choose_checkpoint(model, config.micro_batch * config.ctx_len, free_memory(model.like.device), config)
-
-
-def check_continued(config: TrainConfig, model: Rwkv) -> None:
-    """Raise ConfigError if a setting was given that contradicts the adapter to go on with."""
-    saved, asked, plain = model.adapter_config, config.adapter_config(), AdapterConfig()
-    assert saved is not None
-    for name in ("peft", "rank", "alpha", "rank_stabilised", "dora"):
-        got, want = getattr(asked, name), getattr(saved, name)
-        if got not in (getattr(plain, name), want):
-            shown = want if saved.peft in MEANT_FOR.get(name, (saved.peft,)) else f"none, as {saved.peft}"
-            raise ConfigError(f"{flag_of(name)} {got}: {config.adapter} has {shown}; leave it out")
-    chosen = {target for target in saved.targets if ends_in(target, asked.targets)}
-    if asked.targets and saved.targets and chosen != set(saved.targets):
-        raise ConfigError(f"--targets {' '.join(asked.targets)}: {config.adapter} has its own; leave it out")
-    saved.dropout = config.dropout or saved.dropout

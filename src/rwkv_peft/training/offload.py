@@ -14,18 +14,10 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor
 
-from ..config import TrainConfig
-from ..errors import ConfigError
 from ..models.base import Keep
 from ..plan.activations import pinned_block
 
 AHEAD = 2  # tensors that may be on their way out while the next layer computes, and back: a layer keeps so many
-
-
-def check_offload(config: TrainConfig, device: torch.device) -> None:
-    """Raise ConfigError if checkpoints are to leave a device that is no GPU."""
-    if config.offload_checkpoints and device.type != "cuda":
-        raise ConfigError(f"--offload-checkpoints: needs a GPU, and the model is on {device.type}; leave it out")
 
 
 class Offload(Keep):

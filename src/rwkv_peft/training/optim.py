@@ -13,6 +13,7 @@ from ..models import STATES
 from ..models.base import ChannelMix, TimeMix
 from ..ops.adam import SMALL
 from ..packages import optional
+from ..plan.contradictions import check_device
 from .adamw import LeanAdamW
 from .schedule import learning_rate, weight_decay
 
@@ -54,16 +55,8 @@ def check_optimizer(config: TrainConfig, device: torch.device) -> None:
     optim = config.optim
     if optim not in (*ADAMW, "adafactor", "muon"):
         raise ConfigError(f"--optim {optim}: unknown; allowed are {' '.join((*ADAMW, 'adafactor', 'muon'))}")
-    if device.type != "cuda":
-        if optim.startswith("paged-"):
-            plain = optim.removeprefix("paged-")
-            raise ConfigError(f"--optim {optim}: needs a GPU, and the model is on {device.type}; use --optim {plain}")
-        if config.master_weights == "bf16" and config.precision == "auto":
-            raise ConfigError(
-                f"--master-weights bf16: not with --precision auto on {device.type}, where it is fp32; "
-                "add --precision bf16, or leave it out"
-            )
-    elif is_lean(config):
+    check_device(config, device.type == "cuda")
+    if device.type == "cuda" and is_lean(config):
         optional("triton", f"--optim {optim}" if config.master_weights == "fp32" else "--master-weights bf16")
 
 

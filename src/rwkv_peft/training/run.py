@@ -37,7 +37,6 @@ from .loop import train_loop
 from .memory import Forecast
 from .metrics import Metrics
 from .model import going_on, load_base, prepare, saved_adapter
-from .offload import check_offload
 from .optim import build_optimizer, check_optimizer
 
 LONGEST_NAME = 255  # bytes that file systems allow
@@ -75,7 +74,6 @@ def train(config: TrainConfig, console: Console | None = None) -> RunResult:
     out = config.out
     check_out(out)
     check_optimizer(config, find_device(config.device))
-    check_offload(config, find_device(config.device))
     vocab_size = read_sizes(config.model).vocab_size
     tokenizer = tokenizer_for_data(config, vocab_size).with_special(config.special_tokens, vocab_size)
     data, held = load_for_training(config, tokenizer, vocab_size)

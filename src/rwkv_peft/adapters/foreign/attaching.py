@@ -28,7 +28,9 @@ def attach(model: nn.Module, config: AdapterConfig, targets: Sequence[str], besi
     """
     peft = library("peft")
     if getattr(model, "quant", "none") != "none":
-        raise ConfigError(f"--peft {config.peft}: PEFT's own methods need dense matrices; leave --quant out")
+        raise ConfigError(
+            f"--peft {config.peft}: PEFT's own methods need dense matrices; leave --quant out, or name the dense file"
+        )
     made, before = make_config(model, config, targets), dict(model.named_modules())
     weights = [(p, p.data, p._version, p.requires_grad) for p in model.parameters()]
     try:

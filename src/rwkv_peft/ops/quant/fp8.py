@@ -29,6 +29,8 @@ class Fp8Linear(QuantizedLinear):
 
     @classmethod
     def stored(cls, weight: Tensor) -> dict[str, Tensor]:
+        if weight.dtype.itemsize == 1:  # fp8 already, without a scale: torch computes little with it
+            weight = weight.bfloat16()
         # times a number: a division by one is rounded otherwise on a GPU
         scale = weight.abs().amax(1, keepdim=True).float().clamp_(min=1e-30) * (1 / LARGEST)
         values = torch.empty_like(weight, dtype=E4M3, memory_format=torch.contiguous_format)
