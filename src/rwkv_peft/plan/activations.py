@@ -54,8 +54,8 @@ INPUTS = {"selective": 1, "block": 2}  # tensors (B,T,D) that are kept of what i
 IN_FLIGHT = 4  # such tensors on the GPU at once, if they lie in the CPU's memory: in use, and on their way back
 # The formulas of a CPU, `--op torch`, keep so many times as much: RWKV-7 1.7, RWKV-6 1.3, RWKV-5 1.4
 PLAIN = 1.6
-# and have so many units more at once in a layer; measured by what a process takes: 72 to 179
-PLAIN_AT_ONCE = 100
+# and have so many units more at once in a layer; measured by what a process takes: 72 to 190
+PLAIN_AT_ONCE = 150
 
 
 @dataclass(frozen=True)
