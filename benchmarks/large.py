@@ -22,17 +22,8 @@ from random_model import SIZES, random_value
 from rwkv_peft.models import MODELS
 
 COLUMNS = [
-    "size",
-    "flags",
-    "file GB",
-    "to first step s",
-    "RAM GiB",
-    "anon GiB",
-    "GPU GiB",
-    "peak GiB",
-    "beside",
-    "tokens/s",
-]
+    "size", "flags", "file GB", "to first step s", "RAM GiB", "anon GiB", "GPU GiB", "peak GiB", "beside", "tokens/s",
+]  # fmt: skip
 SETTINGS = {"--ctx-len": "1024", "--micro-batch": "1", "--max-steps": "12", "--sampling": "get"}
 
 

@@ -320,13 +320,13 @@ def test_all_shapes_share_one_memory(
 
 
 def test_saving_takes_no_memory_of_the_gpu(model_file: Callable[..., Path], tmp_path: Path) -> None:
-    """Though folders hold float32: only a matrix's tensors are made so at once."""
+    """Though folders hold float32: only a few matrices' tensors are made so at once."""
     model = bf16_model(model_file(layers=6, width=512, head_size=64), 128)
     trained = [p.numel() for p in model.parameters() if p.requires_grad]
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     rp.save_adapter(model, tmp_path / "adapter")
-    assert torch.cuda.max_memory_allocated() - before <= 4 * 2.1 * max(trained) < sum(trained)
+    assert torch.cuda.max_memory_allocated() - before <= 4 * 4 * max(trained) < sum(trained)
 
 
 @pytest.mark.parametrize("name", ["triton", "cuda"])

@@ -256,6 +256,18 @@ def test_an_fp8_matrix_that_lost_its_scale(tmp_path: Path) -> None:
         rp.load_model(tmp_path / "bad.safetensors")
 
 
+@pytest.mark.parametrize("metadata", ["[1]", '{"fingerprint": 5}', '{"fingerprint": {}}', '"text"'])
+def test_metadata_that_are_no_text(metadata: str, tmp_path: Path) -> None:
+    write_tensors(tmp_path / "m.safetensors", random_model())
+    content = (tmp_path / "m.safetensors").read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    header = b'{"__metadata__":' + metadata.encode() + b"," + content[9 : 8 + size].rstrip()
+    (tmp_path / "m.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + content[8 + size :])
+    with pytest.raises(CheckpointError, match=r"m.safetensors: is .*; download it again") as error:
+        rp.load_model(tmp_path / "m.safetensors")
+    assert "\n" not in str(error.value)
+
+
 def test_formats_are_not_mixed(tmp_path: Path) -> None:
     torch.save(random_model(), tmp_path / "m.pth")
     mixed, other = (

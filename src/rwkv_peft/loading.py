@@ -94,7 +94,9 @@ def quantised_layer(path: Path | str, name: str, weight: Tensor, quant: str, dty
     """As `quantize`. Raises CheckpointError if a number is too large for the format's scales."""
     layer = quantize(weight, quant, dtype)
     if not layer.is_finite():
-        raise CheckpointError(f"{path}: tensor {name} holds numbers that are too large for {quant}; leave --quant out")
+        raise CheckpointError(
+            f"{path}: tensor {name} holds numbers that are too large for {quant}; try another --quant"
+        )
     return layer
 
 

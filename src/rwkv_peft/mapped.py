@@ -139,7 +139,11 @@ def _header(path: Path) -> tuple[dict[str, Any], int]:
         size = int.from_bytes(file.read(8), "little")
         if size > LARGEST_HEADER:
             raise ValueError("no header")
-        return json.loads(file.read(size)), size
+        entries = json.loads(file.read(size))
+    metadata = entries.get("__metadata__") or {}
+    if not all(isinstance(text, str) for pair in metadata.items() for text in pair):
+        raise ValueError("metadata that are no text")
+    return entries, size
 
 
 def _index_of_safetensors(path: Path) -> tuple[dict[str, Place], dict[str, tuple[int, int]]]:

@@ -90,12 +90,12 @@ class Rounding:
 
     def weight(self, name: str, entry: Entry) -> Tensor:
         """What an adapter is added to."""
-        dtype = None if self.base is None else DTYPES[self.base.precision]
+        if self.base is None:
+            return entry.dense() if isinstance(entry, Packed) else entry
+        dtype = DTYPES[self.base.precision]
         if isinstance(entry, Packed):
             return entry.dense(dtype)
-        if self.base is None or dtype is None or name not in self.names:
-            return entry
-        return quantize(entry, self.base.quant, dtype).dense()
+        return quantize(entry, self.base.quant, dtype).dense() if name in self.names else entry
 
 
 def rounding_of(path: Path | str, entries: Mapping[str, Entry], kind: type[Rwkv], base: Base) -> Rounding:
